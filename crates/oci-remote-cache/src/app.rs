@@ -1,0 +1,255 @@
+//! Assembly: configuration in, a running cache out, and its orderly end.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use oci::Digest;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::admin::health::{self, Readiness};
+use crate::admin::Admin;
+use crate::cache::freshness::Rules;
+use crate::cache::{Cache, Origin};
+use crate::cli::ls::Row;
+use crate::clock::Clock;
+use crate::config::{Config, UpstreamConfig};
+use crate::fill::{Connections, Fills};
+use crate::http::dispatch::Registry;
+use crate::http::listen::{BindError, Limits, Listener, connection_limit, raise_open_files, serve};
+use crate::metrics::Metrics;
+use crate::names::{CredentialId, Source, UpstreamId};
+use crate::policy::Names;
+use crate::policy::namespace::Entry;
+use crate::store::catalog::Catalog;
+use crate::store::error::OpenError;
+use crate::store::layout::Layout;
+use crate::store::{Store, StoreSettings};
+use crate::tasks::Tasks;
+use crate::upstream::{Credentials, HostError, Settings, SetupError, Upstream};
+
+/// How long transfers under way may go on after the process was asked to stop.
+const DRAIN: Duration = Duration::from_secs(25);
+
+/// Connections the admin listener takes: it serves a scraper and an operator.
+const ADMIN_CONNECTIONS: usize = 64;
+
+/// Why the cache does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A listener cannot be had.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The cache folder cannot be used.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// An upstream cannot be set up.
+    #[error("upstream \"{key}\": {error}")]
+    Upstream {
+        /// Its key.
+        key: String,
+        /// What is wrong.
+        error: SetupError,
+    },
+    /// A host or network in the configuration is none.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The system refused something a process needs.
+    #[error("cannot start: {0}")]
+    System(#[from] std::io::Error),
+}
+
+/// A cache that is ready to serve.
+#[derive(Debug)]
+pub struct App {
+    clients: Listener,
+    operators: Listener,
+    registry: Arc<Registry>,
+    admin: Arc<Admin>,
+    limits: Limits,
+    metrics: Metrics,
+    tasks: Tasks,
+}
+
+impl App {
+    /// Puts the parts together. Listeners are bound first: when that fails nothing has been written.
+    pub async fn start(config: Config, clock: Clock) -> Result<Self, StartError> {
+        let limits = Limits::new(connection_limit(raise_open_files()));
+        let clients = Listener::bind(config.listen, "listen")?;
+        let operators = Listener::bind(config.admin_listen, "admin_listen")?;
+        let (metrics, tasks) = (Metrics::new(), Tasks::new());
+        metrics.max_connections.set(limits.connections as u64);
+        let own = [clients.local_addr(), operators.local_addr()];
+        let origins = origins(&config, &own, &metrics, &clock)?;
+        let settings = StoreSettings {
+            dir: config.cache_dir.clone(),
+            max_size: config.cache.max_size,
+            max_blob: config.cache.max_blob,
+        };
+        let store = Store::open(settings, clock.clone(), metrics.clone(), tasks.clone()).await?;
+        let fills =
+            Fills::new(store.clone(), metrics.clone(), tasks.clone(), Connections::default());
+        let cache = Cache::new(store.clone(), fills, origins, (clock, metrics.clone(), tasks.clone()));
+        let readiness: Readiness = Arc::new(move || store.condition().into_iter().collect());
+        let admin = Admin::new(metrics.clone(), Arc::clone(&readiness));
+        let aside = Box::new(move |path: &str| health::answer(path, &readiness));
+        let registry = Registry::new(cache, names(&config), aside);
+        Ok(Self { clients, operators, registry: Arc::new(registry), admin: Arc::new(admin), limits, metrics, tasks })
+    }
+
+    /// Where clients connect.
+    pub fn address(&self) -> SocketAddr {
+        self.clients.local_addr()
+    }
+
+    /// Serves until SIGTERM or SIGINT, then lets transfers under way end for up to [`DRAIN`]; a second signal ends at once.
+    pub async fn run(self) -> Result<(), StartError> {
+        let mut signals = Signals::new()?;
+        let tasks = self.tasks.clone();
+        let admin_limits = Limits { connections: ADMIN_CONNECTIONS, ..self.limits };
+        let doors = async {
+            tokio::try_join!(
+                serve(self.clients, self.registry, self.limits, tasks.clone(), self.metrics.clone()),
+                serve(self.operators, self.admin, admin_limits, tasks.clone(), Metrics::new()),
+            )
+        };
+        let ended = async {
+            let served = doors.await;
+            tasks.ended(DRAIN).await;
+            served
+        };
+        tokio::pin!(ended);
+        tokio::select! {
+            served = &mut ended => return served.map(drop).map_err(StartError::System),
+            () = signals.next() => {}
+        }
+        tracing::info!("stopping: transfers under way may end; another signal stops at once");
+        tasks.stop();
+        tokio::select! {
+            _ = &mut ended => tracing::info!("stopped"),
+            () = tokio::time::sleep(DRAIN) => tracing::warn!("stopped with transfers under way"),
+            () = signals.next() => tracing::warn!("stopped at once"),
+        }
+        Ok(())
+    }
+}
+
+/// The signals that ask a service to stop.
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+fn names(config: &Config) -> Names {
+    let entry = |upstream: &UpstreamConfig| Entry {
+        id: UpstreamId::new(&upstream.key),
+        aliases: upstream.aliases.clone(),
+        library: upstream.library,
+    };
+    let entries: Vec<Entry> = config.upstreams.iter().map(entry).collect();
+    Names::new(&entries, config.default_upstream.as_deref())
+}
+
+fn origins(
+    config: &Config,
+    own: &[SocketAddr],
+    metrics: &Metrics,
+    clock: &Clock,
+) -> Result<HashMap<UpstreamId, Origin>, StartError> {
+    config
+        .upstreams
+        .iter()
+        .map(|upstream| {
+            let settings = settings(config, upstream, own)?;
+            let id = settings.id.clone();
+            let rules = Rules { tag_ttl: upstream.tag_ttl, negative_ttl: upstream.negative_ttl };
+            let made = Upstream::new(settings, metrics.clone(), clock.clone());
+            let upstream =
+                made.map_err(|error| StartError::Upstream { key: upstream.key.clone(), error })?;
+            Ok((id, Origin { upstream: Arc::new(upstream), rules }))
+        })
+        .collect()
+}
+
+fn settings(config: &Config, upstream: &UpstreamConfig, own: &[SocketAddr]) -> Result<Settings, HostError> {
+    let credentials = upstream.credentials.as_ref().map(|credentials| Credentials {
+        id: CredentialId::configured(&credentials.username),
+        username: credentials.username.clone(),
+        password: credentials.password.clone(),
+    });
+    Ok(Settings {
+        id: UpstreamId::new(&upstream.key),
+        url: upstream.url.clone(),
+        mirrors: upstream.mirrors.clone(),
+        credentials,
+        token_realms: parsed(&upstream.token_realms)?,
+        redirect_hosts: parsed(&upstream.redirect_hosts)?,
+        trusted_networks: parsed(&config.trusted_networks)?,
+        ca_file: upstream.ca_file.clone(),
+        own_addresses: own.to_vec(),
+        user_agent: concat!("oci-remote-cache/", env!("CARGO_PKG_VERSION")).to_owned(),
+    })
+}
+
+fn parsed<T: FromStr>(texts: &[String]) -> Result<Vec<T>, T::Err> {
+    texts.iter().map(|text| text.parse()).collect()
+}
+
+/// Runs a cache until it is told to stop: the command `serve`.
+pub fn serve_blocking(config: Config) -> Result<(), String> {
+    crate::upstream::install_crypto();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| format!("cannot start the runtime: {error}"))?;
+    let served = runtime.block_on(async { App::start(config, Clock::system()).await?.run().await });
+    // Work on the blocking pool that is still under way after the drain is left behind: recovery knows what to do with it.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    served.map_err(|error| error.to_string())
+}
+
+/// What the cache in `folder` holds: the command `ls`. It only reads, also beside a running server.
+pub fn list(folder: &Path) -> Result<Vec<Row>, String> {
+    let layout = Layout::peek(folder).map_err(|error| error.to_string())?;
+    let catalog = Catalog::peek(&layout.catalog_path(), &Metrics::new()).map_err(|error| error.to_string())?;
+    let tags = catalog.tags().map_err(|error| error.to_string())?;
+    let holdings = catalog.holdings().map_err(|error| error.to_string())?;
+    let now = Clock::system().now();
+    let tagged: HashSet<(Source, Digest)> = tags.iter().map(|tag| (tag.source.clone(), tag.digest)).collect();
+    let untagged = holdings.into_iter().filter(|held| {
+        held.last_used.is_some() && !tagged.contains(&(held.membership.source.clone(), held.membership.digest))
+    });
+    let tags = tags.iter().map(|tag| Row {
+        upstream: tag.source.upstream.to_string(),
+        repository: tag.source.repository.to_string(),
+        tag: Some(tag.tag.to_string()),
+        digest: tag.digest.to_string(),
+        media_type: tag.media_type.to_string(),
+        size: tag.size,
+        age: tag.checked.age(now),
+    });
+    let rest = untagged.map(|held| Row {
+        upstream: held.membership.source.upstream.to_string(),
+        repository: held.membership.source.repository.to_string(),
+        tag: None,
+        digest: held.membership.digest.to_string(),
+        media_type: held.media_type.map(|media_type| media_type.to_string()).unwrap_or_default(),
+        size: held.size.unwrap_or_default(),
+        age: held.last_used.unwrap_or_default().age(now),
+    });
+    Ok(tags.chain(rest).collect())
+}

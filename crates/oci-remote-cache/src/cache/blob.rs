@@ -1,0 +1,176 @@
+//! Blobs: from the disk, from a fill under way, from a fill that starts now, or passed through.
+
+use std::sync::Arc;
+
+use oci::{AnyDigest, Digest};
+
+use super::error::{CacheError, Thing};
+use super::right::Claim;
+use super::Cache;
+use crate::deadline::Deadline;
+pub use crate::fill::direct::DirectReader;
+use crate::fill::tail::Joined;
+pub use crate::fill::tail::{Open, Part as TailPart, Release, Tail};
+use crate::fill::{FillError, Found, Key, Phase, Standing, Wanted};
+pub use crate::fill::{Wish, WishRange};
+use crate::policy::Grant;
+pub use crate::store::Blob;
+use crate::store::catalog::Kind;
+use crate::upstream::Fault;
+use crate::upstream::resume::BlobAsk;
+use crate::verdict::{Verdict, Why};
+
+/// Where a blob's bytes come from.
+#[derive(Debug)]
+pub enum BlobAnswer {
+    /// The disk.
+    Stored(Blob),
+    /// A fill, which this request leads or follows.
+    Filling(Open, Verdict),
+    /// The upstream, unverified and unkept: the digest's algorithm is not one we know.
+    Passing {
+        /// Size in bytes, if the upstream told.
+        size: Option<u64>,
+        /// The bytes.
+        reader: Box<DirectReader>,
+        /// Why they pass.
+        verdict: Verdict,
+    },
+}
+
+/// What is known of a blob without its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlobHead {
+    /// Size in bytes, if anyone told.
+    pub size: Option<u64>,
+    /// Where that is known from.
+    pub verdict: Verdict,
+}
+
+impl Cache {
+    /// The blob, for a GET.
+    pub async fn blob(
+        &self,
+        grant: &Grant,
+        digest: &AnyDigest,
+        wish: Wish,
+        deadline: Deadline,
+    ) -> Result<BlobAnswer, CacheError> {
+        let digest = match digest {
+            AnyDigest::Known(digest) => *digest,
+            AnyDigest::Foreign(_) => return self.pass_through(grant, digest, deadline).await,
+        };
+        let mut standing = match self.claim(grant, digest, Kind::Blob, deadline).await? {
+            Claim::Proven(_right) => Standing::Proven,
+            Claim::Open => Standing::Unproven,
+        };
+        let negative = (grant.source().clone(), Thing::Blob, digest.to_string());
+        if standing == Standing::Unproven
+            && let Some(refusal) = self.inner.negatives.find(&negative)
+        {
+            return Err(self.refused(grant.source(), Thing::Blob, refusal));
+        }
+        loop {
+            let wanted = self.wanted(grant, digest, standing, wish)?;
+            match self.inner.fills.find(&wanted).await {
+                Found::Stored(blob) => return Ok(BlobAnswer::Stored(blob)),
+                Found::Lead(joined) => return self.opened(grant, digest, joined, (Verdict::Miss, deadline)).await,
+                Found::Filling(joined) => {
+                    return self.opened(grant, digest, joined, (Verdict::Collapsed, deadline)).await;
+                }
+                Found::Failed(error) => return Err(self.judge_fill(grant, digest, error).await),
+                Found::ProveFirst => {
+                    self.prove(grant, digest, Kind::Blob, deadline).await?;
+                    standing = Standing::Proven;
+                }
+            }
+        }
+    }
+
+    /// What a HEAD is told. It never starts a fill.
+    pub async fn blob_head(
+        &self,
+        grant: &Grant,
+        digest: &AnyDigest,
+        deadline: Deadline,
+    ) -> Result<BlobHead, CacheError> {
+        let AnyDigest::Known(known) = *digest else {
+            let probe = self.probe(grant.source(), Thing::Blob, digest.clone(), deadline).await?;
+            return Ok(BlobHead { size: probe.size, verdict: Verdict::Bypass(Why::UnknownAlgorithm) });
+        };
+        let claim = self.claim(grant, known, Kind::Blob, deadline).await?;
+        let standing = match claim {
+            Claim::Proven(_) => Standing::Proven,
+            Claim::Open => Standing::Unproven,
+        };
+        if standing == Standing::Proven
+            && let Some(blob) = self.inner.store.blob(&known).await
+        {
+            return Ok(BlobHead { size: Some(blob.size), verdict: Verdict::Hit });
+        }
+        let key = Key { upstream: grant.source().upstream.clone(), digest: known };
+        if let Some(progress) = self.inner.fills.running(&key, grant.source(), standing)
+            && let (Some(size), Phase::Filling | Phase::Verified) = (progress.size, progress.phase)
+        {
+            return Ok(BlobHead { size: Some(size), verdict: Verdict::Collapsed });
+        }
+        let probe = self.probe(grant.source(), Thing::Blob, digest.clone(), deadline).await?;
+        Ok(BlobHead { size: probe.size.or(self.inner.sizes.get(&known)), verdict: Verdict::Miss })
+    }
+
+    fn wanted(&self, grant: &Grant, digest: Digest, standing: Standing, wish: Wish) -> Result<Wanted, CacheError> {
+        let source = grant.source().clone();
+        let upstream = Arc::clone(&self.origin(&source)?.upstream);
+        let size_hint = self.inner.sizes.get(&digest);
+        Ok(Wanted { upstream, source, digest, standing, wish, size_hint })
+    }
+
+    async fn opened(
+        &self,
+        grant: &Grant,
+        digest: Digest,
+        joined: Joined,
+        (verdict, deadline): (Verdict, Deadline),
+    ) -> Result<BlobAnswer, CacheError> {
+        match joined.open(deadline).await {
+            Ok(Some(open)) => {
+                self.lift(grant.source()).await;
+                let verdict = open.bypass().map_or(verdict, Verdict::Bypass);
+                Ok(BlobAnswer::Filling(open, verdict))
+            }
+            Ok(None) => Err(CacheError::Late),
+            Err(error) => Err(self.judge_fill(grant, digest, error).await),
+        }
+    }
+
+    /// A refusal by the upstream is remembered and may suspend; everything else is the fill's own story.
+    async fn judge_fill(&self, grant: &Grant, digest: Digest, error: FillError) -> CacheError {
+        let FillError::Upstream(upstream) = &error else { return error.into() };
+        if !matches!(upstream.fault(), Fault::NotFound { .. } | Fault::Denied { .. }) {
+            return CacheError::Upstream(Arc::clone(upstream));
+        }
+        self.judge_refusal(grant.source(), Thing::Blob, digest.to_string(), upstream).await
+    }
+
+    async fn pass_through(
+        &self,
+        grant: &Grant,
+        digest: &AnyDigest,
+        deadline: Deadline,
+    ) -> Result<BlobAnswer, CacheError> {
+        let source = grant.source();
+        let ask = BlobAsk {
+            upstream: Arc::clone(&self.origin(source)?.upstream),
+            repository: source.repository.clone(),
+            digest: digest.clone(),
+        };
+        match ask.open(None, deadline).await {
+            Ok(stream) => {
+                let verdict = Verdict::Bypass(Why::UnknownAlgorithm);
+                let size = stream.total();
+                Ok(BlobAnswer::Passing { size, reader: Box::new(DirectReader::unchecked(stream)), verdict })
+            }
+            Err(error) => Err(self.judge_refusal(source, Thing::Blob, digest.to_string(), &Arc::new(error)).await),
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Why a request gets no content. `http/problem` turns each into a status in one exhaustive match.
+
+use std::sync::Arc;
+
+use oci::{AnyDigest, ManifestError};
+
+use crate::fill::FillError;
+use crate::names::Source;
+use crate::upstream::UpstreamError;
+
+/// What a request asked for, for the message and the specification's error code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Thing {
+    /// A manifest.
+    Manifest,
+    /// A blob.
+    Blob,
+    /// A repository's list of tags.
+    Tags,
+    /// A list of referrers.
+    Referrers,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CacheError {
+    /// The upstream says that there is no such thing, or said so within `negative_ttl`.
+    #[error("{source_} has no such {}", thing.as_str())]
+    Unknown {
+        /// What was asked for.
+        thing: Thing,
+        /// Where.
+        source_: Source,
+    },
+    /// The upstream refuses this repository to us.
+    #[error("{source_}: the upstream refuses access")]
+    Denied {
+        /// Which repository.
+        source_: Source,
+    },
+    /// The upstream could not be asked, or answered nonsense.
+    #[error(transparent)]
+    Upstream(Arc<UpstreamError>),
+    /// The blob's transfer failed.
+    #[error(transparent)]
+    Fill(FillError),
+    /// What the upstream calls a manifest is none, or not one that can be passed on.
+    #[error("{source_}: the upstream's manifest cannot be used: {why}")]
+    BadManifest {
+        /// Where it came from.
+        source_: Source,
+        /// What is wrong with it.
+        why: ManifestError,
+    },
+    /// The bytes do not hash to what they were asked for, or announced, by.
+    #[error("{source_}: the upstream sent a manifest that is not {wanted}")]
+    WrongDigest {
+        /// Where it came from.
+        source_: Source,
+        /// What was wanted.
+        wanted: AnyDigest,
+    },
+    /// No answer within the deadline.
+    #[error("the upstream did not answer in time")]
+    Late,
+    /// The process is stopping.
+    #[error("the cache is shutting down")]
+    Stopping,
+    /// The cache's own files failed and there was no way around them.
+    #[error("the cache's own disk failed")]
+    Disk,
+}
+
+impl Thing {
+    /// The word in messages and metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Manifest => "manifest",
+            Self::Blob => "blob",
+            Self::Tags => "repository",
+            Self::Referrers => "referrers",
+        }
+    }
+}
+
+impl From<UpstreamError> for CacheError {
+    fn from(error: UpstreamError) -> Self {
+        Self::Upstream(Arc::new(error))
+    }
+}
+
+impl From<FillError> for CacheError {
+    fn from(error: FillError) -> Self {
+        Self::Fill(error)
+    }
+}
+
+impl CacheError {
+    /// Whether the upstream gave no answer, so that what is held may be served past its age.
+    pub fn is_outage(&self) -> bool {
+        match self {
+            Self::Upstream(error) => error.is_outage(),
+            Self::Late => true,
+            Self::Unknown { .. }
+            | Self::Denied { .. }
+            | Self::Fill(_)
+            | Self::BadManifest { .. }
+            | Self::WrongDigest { .. }
+            | Self::Stopping
+            | Self::Disk => false,
+        }
+    }
+}

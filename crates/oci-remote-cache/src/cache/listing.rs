@@ -1,0 +1,257 @@
+//! Lists of tags and of referrers: kept in memory for as long as a tag is fresh, and given past that when the upstream does not answer.
+//!
+//! An upstream's `Link` to the next page is read for its parameters only. Where it leads is ours to say: the same path here.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use oci::{AnyDigest, Page, Route, Target};
+use quick_cache::Weighter;
+use quick_cache::sync::Cache as Memory;
+use serde::Deserialize;
+
+use super::Cache;
+use super::error::{CacheError, Thing};
+use super::single_flight::Role;
+use crate::clock::Timestamp;
+use crate::deadline::Deadline;
+use crate::names::Source;
+use crate::policy::Grant;
+use crate::upstream::{Answer, Ask, Fault, Method, Resource};
+use crate::verdict::{Verdict, Why};
+
+/// The longest page read from an upstream: 4 MiB.
+const PAGE_LIMIT: usize = 4 << 20;
+
+/// Pages kept in memory: 16 MiB.
+const MEMORY: u64 = 16 << 20;
+
+/// Which list.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum List {
+    /// A repository's tags.
+    Tags(Page),
+    /// What refers to a manifest.
+    Referrers {
+        /// The manifest.
+        digest: AnyDigest,
+        /// Only this kind.
+        artifact_type: Option<String>,
+        /// Where to go on.
+        page: Page,
+    },
+}
+
+/// Which list of which repository.
+pub(super) type ListingKey = (Source, List);
+
+/// One page of a list.
+#[derive(Clone, Debug)]
+pub struct Listing {
+    /// What is on it.
+    pub content: Content,
+    /// The parameters of the next page, if there is one.
+    pub next: Option<Page>,
+    checked: Timestamp,
+}
+
+/// What is on a page.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// Tags in the upstream's order.
+    Tags(Vec<String>),
+    /// An OCI index, exactly as it came.
+    Referrers {
+        /// The index.
+        index: Bytes,
+        /// The upstream's `OCI-Filters-Applied`.
+        filtered: bool,
+    },
+}
+
+#[derive(Deserialize)]
+struct TagList {
+    // Nexus answers `"tags": null` for a repository without any.
+    #[serde(default)]
+    tags: Option<Vec<String>>,
+}
+
+#[derive(Clone, Debug)]
+struct ByLength;
+
+/// Pages in memory.
+#[derive(Debug)]
+pub(super) struct Listings {
+    pages: Memory<ListingKey, Arc<Listing>, ByLength>,
+}
+
+impl Weighter<ListingKey, Arc<Listing>> for ByLength {
+    fn weight(&self, _key: &ListingKey, listing: &Arc<Listing>) -> u64 {
+        let bytes = match &listing.content {
+            Content::Tags(tags) => tags.iter().map(|tag| tag.len() + 24).sum(),
+            Content::Referrers { index, .. } => index.len(),
+        };
+        bytes as u64 + 512
+    }
+}
+
+impl Listings {
+    pub(super) fn new() -> Self {
+        Self { pages: Memory::with_weighter(1024, MEMORY, ByLength) }
+    }
+}
+
+impl List {
+    fn thing(&self) -> Thing {
+        match self {
+            Self::Tags(_) => Thing::Tags,
+            Self::Referrers { .. } => Thing::Referrers,
+        }
+    }
+
+    fn resource(&self) -> Resource {
+        match self.clone() {
+            // Registries differ about n=0, so it is asked as the smallest page and emptied here.
+            Self::Tags(page) => Resource::Tags(Page { n: page.n.map(|n| n.max(1)), ..page }),
+            Self::Referrers { digest, artifact_type, page } => Resource::Referrers { digest, artifact_type, page },
+        }
+    }
+
+    fn name(&self) -> String {
+        format!("{self:?}")
+    }
+}
+
+impl Cache {
+    /// One page of a list.
+    pub async fn listing(
+        &self,
+        grant: &Grant,
+        list: List,
+        deadline: Deadline,
+    ) -> Result<(Arc<Listing>, Verdict), CacheError> {
+        let key = (grant.source().clone(), list);
+        let held = self.inner.listings.pages.get(&key);
+        let suspended = self.is_suspended(&key.0)?;
+        let ttl = self.origin(&key.0)?.rules.tag_ttl;
+        if let Some(listing) = held.as_ref().filter(|listing| !suspended && self.age(listing) < ttl) {
+            return Ok((Arc::clone(listing), Verdict::Hit));
+        }
+        match self.ask_listing(key, deadline).await {
+            Ok((listing, Role::Lead)) => Ok((listing, Verdict::Miss)),
+            Ok((listing, Role::Joined)) => Ok((listing, Verdict::Collapsed)),
+            Err(error) => match held.filter(|_| !suspended && error.is_outage()) {
+                Some(listing) => Ok((listing, Verdict::Stale(why(&error)))),
+                None => Err(error),
+            },
+        }
+    }
+
+    fn age(&self, listing: &Listing) -> Duration {
+        listing.checked.age(self.inner.clock.now())
+    }
+
+    async fn ask_listing(
+        &self,
+        key: ListingKey,
+        deadline: Deadline,
+    ) -> Result<(Arc<Listing>, Role), CacheError> {
+        let (source, list) = &key;
+        if let Some(refusal) = self.inner.negatives.find(&(source.clone(), list.thing(), list.name())) {
+            return Err(self.refused(source, list.thing(), refusal));
+        }
+        let (cache, asked) = (self.clone(), key.clone());
+        let errand = self.inner.listing_flights.run(key, move || async move { cache.fetch_listing(asked).await });
+        let landed = deadline.run(errand).await.map_err(|_late| CacheError::Late)?;
+        let (listing, role) = landed.map_err(|_lost| CacheError::Stopping)?;
+        listing.map(|listing| (listing, role))
+    }
+
+    async fn fetch_listing(&self, key: ListingKey) -> Result<Arc<Listing>, CacheError> {
+        let (source, list) = &key;
+        let ask = Ask {
+            repository: source.repository.clone(),
+            resource: list.resource(),
+            method: Method::Get,
+            range: None,
+            accept: None,
+            mirror: 0,
+        };
+        let deadline = Deadline::for_answer();
+        let upstream = &self.origin(source)?.upstream;
+        let answer = match upstream.send(&ask, deadline).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                self.forget_listing(&key, error.fault());
+                return Err(self.judge_refusal(source, list.thing(), list.name(), &Arc::new(error)).await);
+            }
+        };
+        self.lift(source).await;
+        let listing = Arc::new(self.read_listing(list, answer, deadline).await?.ok_or_else(|| upstream.broken(&ask, "not a list in JSON"))?);
+        self.inner.listings.pages.insert(key, Arc::clone(&listing));
+        Ok(listing)
+    }
+
+    /// A list that the upstream says is gone is not served when it goes down later.
+    fn forget_listing(&self, key: &ListingKey, fault: &Fault) {
+        if matches!(fault, Fault::NotFound { .. } | Fault::Denied { .. }) {
+            self.inner.listings.pages.remove(key);
+        }
+    }
+
+    /// Reads a page; `None` when it is not one.
+    async fn read_listing(
+        &self,
+        list: &List,
+        answer: Answer,
+        deadline: Deadline,
+    ) -> Result<Option<Listing>, CacheError> {
+        let empty = matches!(list, List::Tags(Page { n: Some(0), .. }));
+        let next = answer.header("link").filter(|_| !empty).and_then(next_page);
+        let filtered = answer.header("oci-filters-applied").is_some();
+        let body = answer.read_to(PAGE_LIMIT, deadline).await?;
+        let content = match list {
+            List::Tags(_) => serde_json::from_slice::<TagList>(&body)
+                .map(|list| Content::Tags(if empty { Vec::new() } else { list.tags.unwrap_or_default() })),
+            List::Referrers { .. } => serde_json::from_slice::<serde::de::IgnoredAny>(&body)
+                .map(|_| Content::Referrers { index: body.clone(), filtered }),
+        };
+        Ok(content.ok().map(|content| Listing { content, next, checked: self.inner.clock.now() }))
+    }
+}
+
+fn why(error: &CacheError) -> Why {
+    match error {
+        CacheError::Upstream(error) => error.why(),
+        _ => Why::Unreachable,
+    }
+}
+
+/// The parameters of the page that a `Link` header calls next (RFC 8288); where it leads is not looked at.
+fn next_page(link: &str) -> Option<Page> {
+    let target = link.split(',').find(|one| one.contains("rel=\"next\"") || one.contains("rel=next"))?;
+    let url = target.split_once('<')?.1.split_once('>')?.0;
+    let query = url.split_once('?')?.1;
+    match Route::parse("/v2/x/tags/list", Some(query)).ok()?.target {
+        Target::Tags { page, .. } => Some(page),
+        Target::Base
+        | Target::Manifest { .. }
+        | Target::Blob { .. }
+        | Target::Referrers { .. }
+        | Target::Catalog { .. } => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_parameters_of_a_link_are_taken() {
+        let page = next_page(r#"<https://elsewhere.example/v2/a/tags/list?n=2&last=b>; rel="next""#).unwrap();
+        assert_eq!((page.n, page.last.as_deref()), (Some(2), Some("b")));
+        assert_eq!(next_page(r#"</v2/a/tags/list?n=2>; rel="prev""#), None);
+        assert_eq!(next_page("garbage"), None);
+    }
+}

@@ -1,0 +1,442 @@
+//! Manifests: by digest for ever, by tag as fresh as the rules say.
+//!
+//! The bytes are kept exactly as they came, beside the media type they came with. What is not a usable manifest (ambiguous, mistyped, an
+//! HTML page) is refused and never kept, so that the mapping of before stays.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use oci::{AnyDigest, Digest, MANIFEST_LIMIT, ManifestView, MediaType, Reference, Tag};
+
+use super::error::{CacheError, Thing};
+use super::freshness::{Freshness, Known, judge};
+use super::right::Claim;
+use super::{Cache, all_of, manifest_ask};
+use crate::clock::Timestamp;
+use crate::deadline::Deadline;
+use crate::names::{CredentialId, Source};
+use crate::policy::Grant;
+use crate::store::catalog::{Change, Kind, ManifestRecord, Membership, PendingRecord, Proof, TagRecord};
+use crate::store::spool::Verified;
+use crate::upstream::Answer;
+pub use crate::upstream::Method;
+use crate::verdict::{Verdict, Why};
+
+/// How a manifest is wanted.
+#[derive(Clone, Debug)]
+pub struct ManifestWish {
+    /// With its bytes, or only what is known of it.
+    pub method: Method,
+    /// The client's `Accept` lines joined; `None` when it sent none.
+    pub accept: Option<String>,
+}
+
+/// A manifest, or for HEAD what is known of it.
+#[derive(Clone, Debug)]
+pub struct ManifestAnswer {
+    /// What the bytes hash to; as it was asked for, where it was asked for by digest.
+    pub digest: AnyDigest,
+    /// Its type.
+    pub media_type: MediaType,
+    /// Size in bytes.
+    pub size: u64,
+    /// The bytes; `None` for HEAD.
+    pub body: Option<Bytes>,
+    /// What the cache did.
+    pub verdict: Verdict,
+    /// How long ago the upstream last said so, for answers by tag that were kept.
+    pub age: Option<Duration>,
+}
+
+/// A manifest in memory.
+#[derive(Clone, Debug)]
+pub(super) struct Held {
+    pub(super) body: Bytes,
+    pub(super) media_type: MediaType,
+}
+
+/// What an errand to the upstream brought.
+#[derive(Clone, Debug)]
+pub(super) struct Fetched {
+    pub(super) digest: Digest,
+    pub(super) media_type: MediaType,
+    pub(super) size: u64,
+    pub(super) body: Option<Bytes>,
+    pub(super) verdict: Verdict,
+}
+
+/// A manifest that has been read and judged.
+pub(super) struct Judged {
+    pub(super) digest: Digest,
+    pub(super) view: ManifestView,
+    pub(super) body: Bytes,
+    pub(super) credential: CredentialId,
+}
+
+impl Cache {
+    /// The manifest.
+    pub async fn manifest(
+        &self,
+        grant: &Grant,
+        reference: &Reference,
+        wish: &ManifestWish,
+        deadline: Deadline,
+    ) -> Result<ManifestAnswer, CacheError> {
+        match reference {
+            Reference::Digest(AnyDigest::Known(digest)) => {
+                self.manifest_by_digest(grant, *digest, wish.method, deadline).await
+            }
+            Reference::Digest(AnyDigest::Foreign(_)) => self.pass_manifest(grant, reference, wish, deadline).await,
+            Reference::Tag(tag) => self.manifest_by_tag(grant, tag, wish, deadline).await,
+        }
+    }
+
+    async fn manifest_by_tag(
+        &self,
+        grant: &Grant,
+        tag: &Tag,
+        wish: &ManifestWish,
+        deadline: Deadline,
+    ) -> Result<ManifestAnswer, CacheError> {
+        let source = grant.source();
+        let record = self.tag_record(source, tag);
+        let known = record.as_ref().map(|record| Known { checked: record.checked, suspended: record.suspended });
+        let mut freshness = judge(self.origin(source)?.rules, known, self.inner.clock.now());
+        if self.is_suspended(source)? && freshness != Freshness::Unknown {
+            freshness = Freshness::Suspended;
+        }
+        let answer = match (freshness, record) {
+            (Freshness::Fresh(age), Some(record)) => {
+                let answer = self.from_record(grant, &record, (wish.method, Verdict::Hit), deadline).await?;
+                ManifestAnswer { age: Some(age), ..answer }
+            }
+            (freshness, record) => self.asked_tag(grant, tag, (wish.method, freshness, record), deadline).await?,
+        };
+        if oci::accepts(wish.accept.as_deref(), &answer.media_type) {
+            return Ok(answer);
+        }
+        let reference = Reference::Tag(tag.clone());
+        self.pass_manifest(grant, &reference, wish, deadline).await
+    }
+
+    /// Asks the upstream about a tag, and falls back to what is held when it gives no answer.
+    async fn asked_tag(
+        &self,
+        grant: &Grant,
+        tag: &Tag,
+        (method, freshness, record): (Method, Freshness, Option<TagRecord>),
+        deadline: Deadline,
+    ) -> Result<ManifestAnswer, CacheError> {
+        match (self.revalidate(grant.source(), tag, method, deadline).await, record, freshness) {
+            (Ok(fetched), _, _) => self.with_body(grant, fetched, method, deadline).await,
+            (Err(error), Some(record), Freshness::Expired) if error.is_outage() => {
+                self.stale(grant, &record, method, &error).await.ok_or(error)
+            }
+            (Err(error), _, _) => Err(error),
+        }
+    }
+
+    /// What is held for a tag whose upstream does not answer; `None` when the manifest is not held.
+    async fn stale(
+        &self,
+        grant: &Grant,
+        record: &TagRecord,
+        method: Method,
+        error: &CacheError,
+    ) -> Option<ManifestAnswer> {
+        let why = match error {
+            CacheError::Upstream(error) => error.why(),
+            _ => Why::Unreachable,
+        };
+        let catalog = self.inner.store.catalog();
+        catalog.membership(grant.source(), &record.digest, Kind::Manifest).ok().flatten()?;
+        let held = self.held(&record.digest).await?;
+        let answer = ManifestAnswer {
+            digest: record.digest.into(),
+            media_type: record.media_type.clone(),
+            size: record.size,
+            body: (method == Method::Get).then_some(held.body),
+            verdict: Verdict::Stale(why),
+            age: Some(record.checked.age(self.inner.clock.now())),
+        };
+        tracing::warn!(source = %grant.source(), tag = %record.tag, %error, "serving a tag past its age");
+        Some(answer)
+    }
+
+    /// Answers with a tag's mapping, fetching the manifest by digest where only the mapping is held.
+    async fn from_record(
+        &self,
+        grant: &Grant,
+        record: &TagRecord,
+        (method, verdict): (Method, Verdict),
+        deadline: Deadline,
+    ) -> Result<ManifestAnswer, CacheError> {
+        let fetched = Fetched {
+            digest: record.digest,
+            media_type: record.media_type.clone(),
+            size: record.size,
+            body: None,
+            verdict,
+        };
+        self.with_body(grant, fetched, method, deadline).await
+    }
+
+    async fn with_body(
+        &self,
+        grant: &Grant,
+        fetched: Fetched,
+        method: Method,
+        deadline: Deadline,
+    ) -> Result<ManifestAnswer, CacheError> {
+        let head = ManifestAnswer {
+            digest: fetched.digest.into(),
+            media_type: fetched.media_type,
+            size: fetched.size,
+            body: fetched.body,
+            verdict: fetched.verdict,
+            age: None,
+        };
+        if method == Method::Head || head.body.is_some() {
+            return Ok(head);
+        }
+        let whole = self.manifest_by_digest(grant, fetched.digest, method, deadline).await?;
+        let verdict = if whole.verdict == Verdict::Hit { head.verdict } else { whole.verdict };
+        Ok(ManifestAnswer { verdict, ..whole })
+    }
+
+    async fn manifest_by_digest(
+        &self,
+        grant: &Grant,
+        digest: Digest,
+        method: Method,
+        deadline: Deadline,
+    ) -> Result<ManifestAnswer, CacheError> {
+        if let Claim::Proven(right) = self.claim(grant, digest, Kind::Manifest, deadline).await?
+            && let Some(held) = self.held(right.digest()).await
+        {
+            return Ok(ManifestAnswer {
+                digest: digest.into(),
+                size: held.body.len() as u64,
+                media_type: held.media_type,
+                body: (method == Method::Get).then_some(held.body),
+                verdict: Verdict::Hit,
+                age: None,
+            });
+        }
+        let fetched = self.fetch_digest(grant.source(), digest, deadline).await?;
+        let body = fetched.body.filter(|_| method == Method::Get);
+        Ok(ManifestAnswer {
+            digest: digest.into(),
+            media_type: fetched.media_type,
+            size: fetched.size,
+            body,
+            verdict: fetched.verdict,
+            age: None,
+        })
+    }
+
+    /// Fetches a manifest by digest; those who ask meanwhile share the errand.
+    pub(super) async fn fetch_digest(
+        &self,
+        source: &Source,
+        digest: Digest,
+        deadline: Deadline,
+    ) -> Result<Fetched, CacheError> {
+        if let Some(refusal) = self.inner.negatives.find(&(source.clone(), Thing::Manifest, digest.to_string())) {
+            return Err(self.refused(source, Thing::Manifest, refusal));
+        }
+        let (cache, from) = (self.clone(), source.clone());
+        let errand = self.inner.digests.run((source.clone(), digest), move || async move {
+            Box::pin(cache.get_digest(&from, digest)).await
+        });
+        let landed = deadline.run(errand).await.map_err(|_late| CacheError::Late)?;
+        let (fetched, role) = landed.map_err(|_lost| CacheError::Stopping)?;
+        fetched.map(|fetched| fetched.seen_by(role))
+    }
+
+    async fn get_digest(&self, source: &Source, digest: Digest) -> Result<Fetched, CacheError> {
+        let upstream = &self.origin(source)?.upstream;
+        let reference = Reference::Digest(digest.into());
+        let ask = manifest_ask(&source.repository, reference, Method::Get);
+        let deadline = Deadline::for_answer();
+        let answer = match upstream.send(&ask, deadline).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                let error = Arc::new(error);
+                return Err(self.judge_refusal(source, Thing::Manifest, digest.to_string(), &error).await);
+            }
+        };
+        self.lift(source).await;
+        let judged = read_manifest(source, answer, Some(digest), deadline).await?;
+        Ok(self.keep(source, judged, None).await)
+    }
+
+    /// Keeps a manifest, and the tag it came by: on disk, in the catalog, in memory. A cache fault costs the keeping, not the answer.
+    pub(super) async fn keep(&self, source: &Source, judged: Judged, tag: Option<(&Tag, Timestamp)>) -> Fetched {
+        let Judged { digest, view, body, credential } = judged;
+        let size = body.len() as u64;
+        let media_type = view.media_type().clone();
+        for blob in view.blobs() {
+            if let AnyDigest::Known(layer) = blob.digest {
+                self.inner.sizes.insert(layer, blob.size);
+            }
+        }
+        let membership =
+            Membership { source: source.clone(), digest, kind: Kind::Manifest, credential, proof: Proof::Delivered };
+        let mut changes = vec![
+            Change::Membership(membership),
+            Change::Manifest(digest, ManifestRecord { media_type: media_type.clone(), size }),
+        ];
+        if let Some((tag, checked)) = tag {
+            let record = tag_record(source, tag, (digest, media_type.clone(), size), checked);
+            changes.push(Change::Tag(Box::new(record)));
+        }
+        let written = self.write_manifest(digest, body.clone()).await;
+        if let Some(verified) = &written {
+            changes.push(Change::Pending(PendingRecord { digest, size, spool_name: verified.spool_name() }));
+        }
+        self.inner.manifests.insert(digest, Held { body: body.clone(), media_type: media_type.clone() });
+        if let Err(error) = self.inner.store.catalog().record(changes).await {
+            self.store_fault(&error);
+        }
+        if let Some(verified) = written {
+            self.publish_later(verified);
+        }
+        Fetched { digest, media_type, size, body: Some(body), verdict: Verdict::Miss }
+    }
+
+    async fn write_manifest(&self, digest: Digest, body: Bytes) -> Option<Verified> {
+        let store = self.inner.store.clone();
+        if store.contains(&digest) || !store.writable() {
+            return None;
+        }
+        let written =
+            self.inner.tasks.spawn_blocking(move || Verified::write(store.layout(), digest, &body)).await.ok()?;
+        match written {
+            Ok(verified) => verified.ok(),
+            Err(error) => {
+                self.inner.metrics.store_faults.inc();
+                tracing::warn!(%error, %digest, "a manifest could not be written; it is served all the same");
+                None
+            }
+        }
+    }
+
+    /// The syncs and the rename, off the client's path; what a kill leaves half done is finished at the next start.
+    fn publish_later(&self, verified: Verified) {
+        let cache = self.clone();
+        self.inner.tasks.spawn(async move {
+            if let Err(error) = cache.inner.store.admit(verified, None).await {
+                cache.store_fault(&error);
+            }
+        });
+    }
+
+    /// The manifest's bytes, from memory or disk. The caller has the right to them.
+    async fn held(&self, digest: &Digest) -> Option<Held> {
+        if let Some(held) = self.inner.manifests.get(digest) {
+            self.inner.store.touch(digest);
+            return Some(held);
+        }
+        let record = self.inner.store.catalog().manifest(digest).ok().flatten()?;
+        let blob = self.inner.store.blob(digest).await?;
+        let span = blob.span(all_of(blob.size));
+        let body = self.inner.tasks.spawn_blocking(move || span.read()).await.ok()?.ok()?;
+        let held = Held { body, media_type: record.media_type };
+        self.inner.manifests.insert(*digest, held.clone());
+        Some(held)
+    }
+
+    /// The upstream's own answer to this client's `Accept`, or to a digest that cannot be verified. It is never kept.
+    async fn pass_manifest(
+        &self,
+        grant: &Grant,
+        reference: &Reference,
+        wish: &ManifestWish,
+        deadline: Deadline,
+    ) -> Result<ManifestAnswer, CacheError> {
+        let source = grant.source();
+        let mut ask = manifest_ask(&source.repository, reference.clone(), Method::Get);
+        ask.accept.clone_from(&wish.accept);
+        let answer = match self.origin(source)?.upstream.send(&ask, deadline).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                let error = Arc::new(error);
+                return Err(self.judge_refusal(source, Thing::Manifest, reference.to_string(), &error).await);
+            }
+        };
+        let foreign = match reference {
+            Reference::Digest(digest) => Some(digest.clone()),
+            Reference::Tag(_) => None,
+        };
+        let judged = read_manifest(source, answer, None, deadline).await?;
+        let why = if foreign.is_some() { Why::UnknownAlgorithm } else { Why::Accept };
+        Ok(ManifestAnswer {
+            digest: foreign.unwrap_or_else(|| judged.digest.into()),
+            media_type: judged.view.media_type().clone(),
+            size: judged.body.len() as u64,
+            body: (wish.method == Method::Get).then_some(judged.body),
+            verdict: Verdict::Bypass(why),
+            age: None,
+        })
+    }
+}
+
+impl Fetched {
+    /// The same, as seen by one who started the errand or joined it.
+    pub(super) fn seen_by(self, role: super::single_flight::Role) -> Self {
+        let verdict = match (role, self.verdict) {
+            (super::single_flight::Role::Joined, Verdict::Miss) => Verdict::Collapsed,
+            (_, verdict) => verdict,
+        };
+        Self { verdict, ..self }
+    }
+}
+
+/// Reads and judges a manifest answer: its size, its type, and that it hashes to what it should.
+pub(super) async fn read_manifest(
+    source: &Source,
+    answer: Answer,
+    wanted: Option<Digest>,
+    deadline: Deadline,
+) -> Result<Judged, CacheError> {
+    let announced = match answer.digest() {
+        Some(AnyDigest::Known(digest)) => Some(digest),
+        Some(AnyDigest::Foreign(_)) | None => None,
+    };
+    let content_type = answer.content_type().map(str::to_owned);
+    let credential = answer.credential().clone();
+    let body = answer.read_to(MANIFEST_LIMIT, deadline).await?;
+    let bad = |why| CacheError::BadManifest { source_: source.clone(), why };
+    let view = ManifestView::parse(&body, content_type.as_deref()).map_err(bad)?;
+    // The upstream may announce another algorithm than the one asked for: what was asked for decides.
+    let expected = wanted.or(announced);
+    let algorithm = expected.map_or(oci::Algorithm::Sha256, |digest| digest.algorithm());
+    let digest = Digest::of(algorithm, &body);
+    match expected {
+        Some(expected) if expected != digest => {
+            Err(CacheError::WrongDigest { source_: source.clone(), wanted: expected.into() })
+        }
+        Some(_) | None => Ok(Judged { digest, view, body, credential }),
+    }
+}
+
+/// A tag's mapping as seen now.
+pub(super) fn tag_record(
+    source: &Source,
+    tag: &Tag,
+    (digest, media_type, size): (Digest, MediaType, u64),
+    checked: Timestamp,
+) -> TagRecord {
+    TagRecord {
+        source: source.clone(),
+        tag: tag.clone(),
+        digest,
+        media_type,
+        size,
+        checked,
+        first_seen: checked,
+        suspended: false,
+    }
+}

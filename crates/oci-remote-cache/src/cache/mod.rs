@@ -1,0 +1,148 @@
+//! The cache itself: hit, join, lead, revalidate.
+//!
+//! Every request comes with a [`Grant`](crate::policy::Grant). Blobs ([`blob`]) and manifests ([`manifest`]) are given only with a
+//! [`Right`](right::Right), listings ([`listing`]) come and go with their repository's access. Nothing here knows of HTTP. What the
+//! doors need to see of the floors below is named here again.
+
+pub mod blob;
+pub mod error;
+pub mod freshness;
+pub mod listing;
+pub mod manifest;
+mod negative;
+mod revalidate;
+pub mod right;
+pub mod single_flight;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use oci::{AnyDigest, Digest, Reference, RepositoryName, Slice};
+use quick_cache::Weighter;
+use quick_cache::sync::Cache as Memory;
+
+pub use self::error::{CacheError, Thing};
+pub use crate::fill::FillError;
+pub use crate::upstream::{Fault, UpstreamError};
+
+use self::freshness::Rules;
+use self::listing::ListingKey;
+use self::manifest::{Fetched, Held};
+use self::negative::Negatives;
+use self::right::Probe;
+use self::single_flight::Flights;
+use crate::clock::Clock;
+use crate::fill::Fills;
+use crate::metrics::Metrics;
+use crate::names::{Source, UpstreamId};
+use crate::store::Store;
+use crate::store::error::StoreError;
+use crate::tasks::Tasks;
+use crate::upstream::{Ask, Method, Resource, Upstream};
+
+/// Manifest bytes kept in memory: 64 MiB.
+const MANIFEST_MEMORY: u64 = 64 << 20;
+
+/// Layer sizes remembered from manifests.
+const SIZES: usize = 50_000;
+
+/// An upstream and how its answers age.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// How it is asked.
+    pub upstream: Arc<Upstream>,
+    /// How its tags age.
+    pub rules: Rules,
+}
+
+/// The cache. Clones share everything.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    store: Store,
+    fills: Fills,
+    origins: HashMap<UpstreamId, Origin>,
+    clock: Clock,
+    metrics: Metrics,
+    tasks: Tasks,
+    manifests: Memory<Digest, Held, ByLength>,
+    sizes: Memory<Digest, u64>,
+    negatives: Negatives,
+    tags: Flights<(Source, oci::Tag, Method), Result<Fetched, CacheError>>,
+    digests: Flights<(Source, Digest), Result<Fetched, CacheError>>,
+    probes: Flights<(Source, Thing, AnyDigest), Result<Probe, CacheError>>,
+    listings: listing::Listings,
+    listing_flights: Flights<ListingKey, Result<Arc<listing::Listing>, CacheError>>,
+}
+
+/// Weighs manifests by their bytes.
+#[derive(Clone, Debug)]
+struct ByLength;
+
+impl Weighter<Digest, Held> for ByLength {
+    fn weight(&self, _digest: &Digest, held: &Held) -> u64 {
+        held.body.len() as u64 + 256
+    }
+}
+
+impl Cache {
+    /// A cache over `store` and `fills` for these upstreams.
+    pub fn new(
+        store: Store,
+        fills: Fills,
+        origins: HashMap<UpstreamId, Origin>,
+        (clock, metrics, tasks): (Clock, Metrics, Tasks),
+    ) -> Self {
+        let inner = Inner {
+            manifests: Memory::with_weighter(4096, MANIFEST_MEMORY, ByLength),
+            sizes: Memory::new(SIZES),
+            negatives: Negatives::new(),
+            tags: Flights::new(tasks.clone()),
+            digests: Flights::new(tasks.clone()),
+            probes: Flights::new(tasks.clone()),
+            listings: listing::Listings::new(),
+            listing_flights: Flights::new(tasks.clone()),
+            store,
+            fills,
+            origins,
+            clock,
+            metrics,
+            tasks,
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Where a repository is asked for. Grants are made for configured upstreams only, so there always is one.
+    fn origin(&self, source: &Source) -> Result<&Origin, CacheError> {
+        let unknown = || CacheError::Unknown { thing: Thing::Tags, source_: source.clone() };
+        self.inner.origins.get(&source.upstream).ok_or_else(unknown)
+    }
+
+    /// Remembers that the catalog failed, which no pull may fail for.
+    fn store_fault(&self, error: &StoreError) {
+        self.inner.metrics.store_faults.inc();
+        tracing::warn!(%error, "the catalog failed; going on without it");
+    }
+}
+
+/// A question about a manifest or blob of `repository`.
+fn ask(repository: &RepositoryName, resource: Resource, method: Method) -> Ask {
+    Ask { repository: repository.clone(), resource, method, range: None, accept: None, mirror: 0 }
+}
+
+fn manifest_ask(repository: &RepositoryName, reference: Reference, method: Method) -> Ask {
+    ask(repository, Resource::Manifest(reference), method)
+}
+
+/// Everything of a blob of this size.
+fn all_of(size: u64) -> Slice {
+    Slice { start: 0, end: size }
+}
+
+/// A refusal is shared for this long by requests that follow at once; a later one asks again.
+const SHARED_REFUSAL: Duration = Duration::from_secs(1);

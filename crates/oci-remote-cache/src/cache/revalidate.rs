@@ -1,0 +1,159 @@
+//! Asking the upstream about a tag: as little as possible, once for all who wait.
+//!
+//! Docker Hub counts manifest GETs and not HEADs, so a known tag is asked about by HEAD, and its manifest is fetched by digest only when
+//! the digest is new. A tag nobody has asked for before is one GET; or one HEAD, when the client sent a HEAD.
+
+use std::sync::Arc;
+
+use oci::{AnyDigest, Digest, MediaType, Reference, Tag};
+
+use super::error::{CacheError, Thing};
+use super::manifest::{Fetched, read_manifest, tag_record};
+use super::{Cache, manifest_ask};
+use crate::deadline::Deadline;
+use crate::names::Source;
+use crate::store::catalog::{Change, TagRecord};
+use crate::upstream::{Answer, Fault, Method, UpstreamError};
+use crate::verdict::Verdict;
+
+/// What a HEAD told about a tag.
+struct Mapping {
+    digest: Digest,
+    media_type: MediaType,
+    size: u64,
+}
+
+impl Cache {
+    /// What is recorded of a tag.
+    pub(super) fn tag_record(&self, source: &Source, tag: &Tag) -> Option<TagRecord> {
+        self.inner.store.catalog().tag(source, tag).unwrap_or_else(|error| {
+            self.store_fault(&error);
+            None
+        })
+    }
+
+    /// Has the upstream say what a tag is now; those who ask meanwhile share the errand.
+    pub(super) async fn revalidate(
+        &self,
+        source: &Source,
+        tag: &Tag,
+        method: Method,
+        deadline: Deadline,
+    ) -> Result<Fetched, CacheError> {
+        if let Some(refusal) = self.inner.negatives.find(&negative(source, tag)) {
+            return Err(self.refused(source, Thing::Manifest, refusal));
+        }
+        let (cache, from, name) = (self.clone(), source.clone(), tag.clone());
+        let errand = self.inner.tags.run((source.clone(), tag.clone(), method), move || async move {
+            Box::pin(cache.ask_tag(&from, &name, method)).await
+        });
+        let landed = deadline.run(errand).await.map_err(|_late| CacheError::Late)?;
+        let (fetched, role) = landed.map_err(|_lost| CacheError::Stopping)?;
+        fetched.map(|fetched| fetched.seen_by(role))
+    }
+
+    async fn ask_tag(&self, source: &Source, tag: &Tag, method: Method) -> Result<Fetched, CacheError> {
+        let record = self.tag_record(source, tag);
+        if record.is_none() && method == Method::Get {
+            return self.get_tag(source, tag).await;
+        }
+        let ask = manifest_ask(&source.repository, Reference::Tag(tag.clone()), Method::Head);
+        match self.origin(source)?.upstream.send(&ask, Deadline::for_answer()).await {
+            Ok(answer) => match mapping(&answer) {
+                Some(mapping) => self.mapped(source, tag, (mapping, record, method)).await,
+                None => self.get_tag(source, tag).await,
+            },
+            Err(error) if head_is_not_final(&error) => self.get_tag(source, tag).await,
+            Err(error) => Err(self.tag_refused(source, tag, error).await),
+        }
+    }
+
+    /// The upstream said by HEAD what the tag is.
+    async fn mapped(
+        &self,
+        source: &Source,
+        tag: &Tag,
+        (mapping, before, method): (Mapping, Option<TagRecord>, Method),
+    ) -> Result<Fetched, CacheError> {
+        self.lift(source).await;
+        let same = before.as_ref().is_some_and(|record| record.digest == mapping.digest);
+        if !same && method == Method::Get {
+            return self.get_moved(source, tag, mapping.digest).await;
+        }
+        let now = self.inner.clock.now();
+        let mut record = tag_record(source, tag, (mapping.digest, mapping.media_type, mapping.size), now);
+        if let Some(before) = before.filter(|_| same) {
+            // What was kept with the manifest is surer than a HEAD's headers.
+            record = TagRecord { checked: now, suspended: false, ..before };
+        }
+        let fetched = Fetched {
+            digest: record.digest,
+            media_type: record.media_type.clone(),
+            size: record.size,
+            body: None,
+            verdict: if same { Verdict::Revalidated } else { Verdict::Miss },
+        };
+        self.record_tag(record).await;
+        Ok(fetched)
+    }
+
+    /// The tag has moved: the new manifest is fetched by digest, which pins what the HEAD promised.
+    async fn get_moved(&self, source: &Source, tag: &Tag, digest: Digest) -> Result<Fetched, CacheError> {
+        match self.fetch_digest(source, digest, Deadline::for_answer()).await {
+            Ok(fetched) => {
+                let mapping = (digest, fetched.media_type.clone(), fetched.size);
+                self.record_tag(tag_record(source, tag, mapping, self.inner.clock.now())).await;
+                Ok(fetched)
+            }
+            Err(CacheError::Unknown { .. }) => self.get_tag(source, tag).await,
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn get_tag(&self, source: &Source, tag: &Tag) -> Result<Fetched, CacheError> {
+        let ask = manifest_ask(&source.repository, Reference::Tag(tag.clone()), Method::Get);
+        let deadline = Deadline::for_answer();
+        let answer = match self.origin(source)?.upstream.send(&ask, deadline).await {
+            Ok(answer) => answer,
+            Err(error) => return Err(self.tag_refused(source, tag, error).await),
+        };
+        self.lift(source).await;
+        let judged = read_manifest(source, answer, None, deadline).await?;
+        Ok(self.keep(source, judged, Some((tag, self.inner.clock.now()))).await)
+    }
+
+    /// The upstream refused a tag. A 404 suspends the tag, a 401 or 403 the repository; neither deletes anything.
+    async fn tag_refused(&self, source: &Source, tag: &Tag, error: UpstreamError) -> CacheError {
+        let gone = matches!(error.fault(), Fault::NotFound { .. });
+        if let Some(record) = self.tag_record(source, tag).filter(|record| gone && !record.suspended) {
+            tracing::info!(source = %source, %tag, "the upstream no longer has this tag");
+            self.record_tag(TagRecord { suspended: true, ..record }).await;
+        }
+        self.judge_refusal(source, Thing::Manifest, tag.to_string(), &Arc::new(error)).await
+    }
+
+    async fn record_tag(&self, record: TagRecord) {
+        self.inner.negatives.forget(&negative(&record.source, &record.tag));
+        if let Err(error) = self.inner.store.catalog().record(vec![Change::Tag(Box::new(record))]).await {
+            self.store_fault(&error);
+        }
+    }
+}
+
+fn negative(source: &Source, tag: &Tag) -> (Source, Thing, String) {
+    (source.clone(), Thing::Manifest, tag.to_string())
+}
+
+/// Some registries refuse HEAD where they would answer GET.
+fn head_is_not_final(error: &UpstreamError) -> bool {
+    matches!(error.fault(), Fault::Status(405) | Fault::Denied { status: 403, .. })
+}
+
+/// What a HEAD's headers tell, if they tell enough: containerd and Docker need digest, type and length.
+fn mapping(answer: &Answer) -> Option<Mapping> {
+    let Some(AnyDigest::Known(digest)) = answer.digest() else { return None };
+    let size = answer.content_length().filter(|&size| size > 0)?;
+    let media_type = MediaType::parse(answer.content_type()?).ok()?;
+    let usable = media_type.is_json() && media_type.kind() != oci::Kind::Schema1;
+    usable.then_some(Mapping { digest, media_type, size })
+}

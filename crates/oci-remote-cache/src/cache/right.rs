@@ -1,0 +1,223 @@
+//! Whether a repository may give out a digest: bytes are shared, rights are not.
+//!
+//! Two records decide. *Membership*: this upstream delivered those bytes for that repository, or vouched for them by HEAD while the bytes
+//! came from the same upstream. *Access*: the repository is open, or suspended since the upstream answered 401 or 403. A manifest that
+//! mentions a digest grants nothing, and a HEAD of another upstream proves nothing. The question is settled before anyone looks whether
+//! the bytes are here, so that an unauthorised answer does not tell a hit from a miss.
+
+use std::sync::Arc;
+
+use oci::{AnyDigest, Digest, Reference};
+
+use super::error::{CacheError, Thing};
+use super::negative::Refusal;
+use super::{Cache, SHARED_REFUSAL, ask};
+use crate::deadline::Deadline;
+use crate::names::{CredentialId, Source};
+use crate::policy::Grant;
+use crate::store::catalog::{Change, Kind, Membership, Proof};
+use crate::upstream::{Fault, Method, Resource, UpstreamError};
+
+/// This repository holds this digest. Only this file makes one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Right {
+    digest: Digest,
+}
+
+/// How a repository stands to a digest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// It is known to hold it.
+    Proven(Right),
+    /// It is not known; the bytes may only come from the upstream's own answer to this repository.
+    Open,
+}
+
+/// What a HEAD told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Probe {
+    /// Size in bytes, if the upstream told.
+    pub size: Option<u64>,
+    credential: CredentialId,
+}
+
+impl Right {
+    /// The digest this is for.
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+}
+
+impl Cache {
+    /// How the granted repository stands to a digest. Asks the upstream only where the records do not tell and the bytes came from it.
+    pub(super) async fn claim(
+        &self,
+        grant: &Grant,
+        digest: Digest,
+        kind: Kind,
+        deadline: Deadline,
+    ) -> Result<Claim, CacheError> {
+        let source = grant.source();
+        if self.is_suspended(source)? {
+            self.prove(grant, digest, kind, deadline).await?;
+        }
+        let catalog = self.inner.store.catalog();
+        match catalog.membership(source, &digest, kind) {
+            Ok(Some(_)) => return Ok(Claim::Proven(Right { digest })),
+            Ok(None) => {}
+            Err(error) => {
+                self.store_fault(&error);
+                return Ok(Claim::Open);
+            }
+        }
+        let delivered = catalog.delivered(&source.upstream, &digest).unwrap_or_default();
+        if delivered.is_none() || !self.inner.store.contains(&digest) {
+            return Ok(Claim::Open);
+        }
+        self.prove(grant, digest, kind, deadline).await.map(Claim::Proven)
+    }
+
+    /// Has the upstream vouch, by HEAD, that the repository holds the digest. The caller knows that the bytes, if they are here or on
+    /// their way, come from the same upstream.
+    pub(super) async fn prove(
+        &self,
+        grant: &Grant,
+        digest: Digest,
+        kind: Kind,
+        deadline: Deadline,
+    ) -> Result<Right, CacheError> {
+        let source = grant.source();
+        let probe = self.probe(source, thing(kind), digest.into(), deadline).await?;
+        let catalog = self.inner.store.catalog();
+        if catalog.delivered(&source.upstream, &digest).unwrap_or_default().is_some() {
+            let vouched = Membership {
+                source: source.clone(),
+                digest,
+                kind,
+                credential: probe.credential,
+                proof: Proof::Vouched,
+            };
+            if let Err(error) = catalog.record(vec![Change::Membership(vouched)]).await {
+                self.store_fault(&error);
+            }
+        }
+        Ok(Right { digest })
+    }
+
+    /// Asks the upstream by HEAD; those who ask meanwhile share the answer. Its 200 lifts a suspension, its 401 or 403 makes one.
+    pub(super) async fn probe(
+        &self,
+        source: &Source,
+        thing: Thing,
+        digest: AnyDigest,
+        deadline: Deadline,
+    ) -> Result<Probe, CacheError> {
+        if let Some(refusal) = self.inner.negatives.find(&(source.clone(), thing, digest.to_string())) {
+            return Err(self.refused(source, thing, refusal));
+        }
+        let (cache, from, wanted) = (self.clone(), source.clone(), digest.clone());
+        let errand = self.inner.probes.run((source.clone(), thing, digest), move || async move {
+            cache.ask_for(&from, thing, wanted).await
+        });
+        let landed = deadline.run(errand).await.map_err(|_late| CacheError::Late)?;
+        landed.map_err(|_lost| CacheError::Stopping)?.0
+    }
+
+    async fn ask_for(&self, source: &Source, thing: Thing, digest: AnyDigest) -> Result<Probe, CacheError> {
+        let upstream = &self.origin(source)?.upstream;
+        let name = digest.to_string();
+        let resource = match thing {
+            Thing::Manifest => Resource::Manifest(Reference::Digest(digest)),
+            Thing::Blob | Thing::Tags | Thing::Referrers => Resource::Blob(digest),
+        };
+        match upstream.send(&ask(&source.repository, resource, Method::Head), Deadline::for_answer()).await {
+            Ok(answer) => {
+                self.lift(source).await;
+                Ok(Probe { size: answer.content_length(), credential: answer.credential().clone() })
+            }
+            Err(error) => Err(self.judge_refusal(source, thing, name, &Arc::new(error)).await),
+        }
+    }
+
+    /// Whether the repository is suspended for the credential we would use.
+    pub(super) fn is_suspended(&self, source: &Source) -> Result<bool, CacheError> {
+        let credential = self.origin(source)?.upstream.credential();
+        Ok(self.inner.store.catalog().is_suspended(source, &credential))
+    }
+
+    /// The upstream has answered 200 for this repository: it is open again, and nothing needs to be fetched anew.
+    pub(super) async fn lift(&self, source: &Source) {
+        let Ok(true) = self.is_suspended(source) else { return };
+        let Ok(origin) = self.origin(source) else { return };
+        tracing::info!(source = %source, "the upstream allows this repository again");
+        if let Err(error) = self.inner.store.catalog().lift(source, &origin.upstream.credential()).await {
+            self.store_fault(&error);
+        }
+    }
+
+    /// The upstream refuses a repository of which something is held: nothing of it is served until it allows it again. Nothing is
+    /// deleted: registries have answered 401 for public images for hours.
+    async fn suspend(&self, source: &Source) {
+        let catalog = self.inner.store.catalog();
+        if !catalog.knows(source).unwrap_or(false) {
+            return;
+        }
+        let Ok(origin) = self.origin(source) else { return };
+        tracing::warn!(source = %source, "the upstream refuses this repository; what is held of it is suspended");
+        let now = self.inner.clock.now();
+        if let Err(error) = catalog.suspend(source, &origin.upstream.credential(), now).await {
+            self.store_fault(&error);
+        }
+    }
+
+    /// Turns an upstream's error into ours, remembering refusals and suspending where access was refused.
+    pub(super) async fn judge_refusal(
+        &self,
+        source: &Source,
+        thing: Thing,
+        name: String,
+        error: &Arc<UpstreamError>,
+    ) -> CacheError {
+        let refusal = match error.fault() {
+            Fault::NotFound { .. } => Refusal::Unknown,
+            Fault::Denied { .. } => Refusal::Denied,
+            Fault::Connect(_)
+            | Fault::Late
+            | Fault::Broken(_)
+            | Fault::Stalled
+            | Fault::Status(_)
+            | Fault::RateLimited { .. }
+            | Fault::BreakerOpen { .. }
+            | Fault::RangeRefused
+            | Fault::Expired
+            | Fault::BadRedirect(_)
+            | Fault::Forbidden(_)
+            | Fault::TokenFailed(_)
+            | Fault::TooLarge
+            | Fault::Encoded(_) => return CacheError::Upstream(Arc::clone(error)),
+        };
+        let ttl = match refusal {
+            Refusal::Unknown => self.origin(source).map(|origin| origin.rules.negative_ttl).unwrap_or_default(),
+            Refusal::Denied => {
+                self.suspend(source).await;
+                SHARED_REFUSAL
+            }
+        };
+        self.inner.negatives.note((source.clone(), thing, name), refusal, ttl);
+        self.refused(source, thing, refusal)
+    }
+
+    pub(super) fn refused(&self, source: &Source, thing: Thing, refusal: Refusal) -> CacheError {
+        match refusal {
+            Refusal::Unknown => CacheError::Unknown { thing, source_: source.clone() },
+            Refusal::Denied => CacheError::Denied { source_: source.clone() },
+        }
+    }
+}
+
+fn thing(kind: Kind) -> Thing {
+    match kind {
+        Kind::Manifest => Thing::Manifest,
+        Kind::Blob => Thing::Blob,
+    }
+}

@@ -1,0 +1,104 @@
+//! The arguments as clap reads them. The doc comments are the help texts.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::config::Overrides;
+
+/// A pull-through cache for OCI registries: clients on one side, registries on the other, verified bytes on disk between them.
+///
+/// Without a command it serves. It needs no configuration: pull through it with `localhost:8080/docker.io/library/alpine`.
+#[derive(Debug, Parser)]
+#[command(name = "oci-remote-cache", version, arg_required_else_help = false)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    pub(super) common: CommonFlags,
+    #[command(flatten)]
+    pub(super) listen: ListenFlags,
+    #[command(subcommand)]
+    pub(super) command: Option<Command>,
+}
+
+/// Flags that every command takes, before or after its name.
+#[derive(Debug, Args)]
+pub(super) struct CommonFlags {
+    /// The configuration file (TOML); none is needed.
+    #[arg(long, value_name = "FILE", global = true)]
+    pub(super) config: Option<PathBuf>,
+    /// The folder of the cache, over the configuration.
+    #[arg(long, value_name = "DIR", global = true)]
+    pub(super) cache_dir: Option<PathBuf>,
+    /// Log requests of clients and to upstreams; twice for all their details.
+    #[arg(short, long, action = ArgAction::Count, global = true)]
+    pub(super) verbose: u8,
+}
+
+/// Flags of serving, and of looking at the configuration it would serve with.
+#[derive(Debug, Args)]
+pub(super) struct ListenFlags {
+    /// Address and port for clients, over the configuration.
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<String>,
+    /// Address and port for metrics and operators, over the configuration.
+    #[arg(long, value_name = "ADDRESS")]
+    admin_listen: Option<String>,
+}
+
+/// What can be asked for.
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Serve clients (what happens without a command, too).
+    Serve(ListenFlags),
+    /// List what the cache holds.
+    Ls {
+        /// As JSON, with full digests and sizes in bytes.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check, show or write a configuration.
+    Config {
+        #[command(subcommand)]
+        verb: ConfigVerb,
+    },
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Print the manual page.
+    Man,
+}
+
+/// What can be done about a configuration.
+#[derive(Debug, Subcommand)]
+pub(super) enum ConfigVerb {
+    /// Say whether the configuration is right, and what is noteworthy about it.
+    Check(ListenFlags),
+    /// Print the effective configuration, and where each value came from.
+    Show(ListenFlags),
+    /// Print a commented template.
+    Init {
+        /// Write it to this file, which must not exist yet.
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+    /// Print the JSON Schema of the configuration file.
+    Schema,
+    /// Print the reference page.
+    #[command(hide = true)]
+    Reference,
+}
+
+impl ListenFlags {
+    /// Lays these flags over `overrides`.
+    pub(super) fn add_to(self, overrides: &mut Overrides) {
+        if self.listen.is_some() {
+            overrides.listen = self.listen;
+        }
+        if self.admin_listen.is_some() {
+            overrides.admin_listen = self.admin_listen;
+        }
+    }
+}

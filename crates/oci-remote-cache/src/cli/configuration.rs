@@ -1,0 +1,56 @@
+//! `config check|show|init|schema`.
+
+use std::fs::OpenOptions;
+use std::io::Write as _;
+use std::path::Path;
+
+use super::args::ConfigVerb;
+use super::{Failure, print};
+use crate::config::{self, Config, Settings, Sources};
+
+/// Does what `verb` says about the configuration from `sources`.
+pub(super) fn run(verb: ConfigVerb, mut sources: Sources) -> Result<(), Failure> {
+    match verb {
+        ConfigVerb::Check(listen) => {
+            listen.add_to(&mut sources.overrides);
+            print(&check(&sources)?)
+        }
+        ConfigVerb::Show(listen) => {
+            listen.add_to(&mut sources.overrides);
+            let settings = Settings::read(&sources)?;
+            // What is shown is what would be served with, or nothing.
+            Config::check(&settings, &sources.environment)?;
+            print(&config::show(&settings))
+        }
+        ConfigVerb::Init { output: None } => print(&config::template()),
+        ConfigVerb::Init { output: Some(path) } => write_new(&path, &config::template()),
+        ConfigVerb::Schema => print(&config::schema()),
+        ConfigVerb::Reference => print(&config::reference()),
+    }
+}
+
+fn check(sources: &Sources) -> Result<String, Failure> {
+    let settings = Settings::read(sources)?;
+    let config = Config::check(&settings, &sources.environment)?;
+    let what = match &sources.file {
+        Some(path) => path.display().to_string(),
+        None => "no file, defaults only".to_owned(),
+    };
+    let count = config.upstreams.len();
+    let mut text = format!("OK: {what}; {count} upstreams\n");
+    for note in config::notes(&config, &settings) {
+        text.push_str("note: ");
+        text.push_str(&note);
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+fn write_new(path: &Path, text: &str) -> Result<(), Failure> {
+    let written = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .and_then(|mut file| file.write_all(text.as_bytes()));
+    written.map_err(|error| Failure::Failed(format!("cannot write {}: {error}", path.display())))
+}

@@ -1,0 +1,138 @@
+//! The command line: what was asked for, done, and told as an exit code.
+//!
+//! 0 is done, 1 failed, 2 wrong usage or configuration. Serving and reading the store are handed in as [`Actions`], so that this floor
+//! only reads arguments and prints.
+
+mod args;
+mod configuration;
+mod logging;
+pub mod ls;
+mod pages;
+
+use std::ffi::OsString;
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use self::args::{Arguments, Command, ListenFlags};
+use self::logging::Verbosity;
+use crate::config::{self, Config, ConfigError, Overrides, Settings, Sources};
+
+/// What the commands do beyond reading and printing.
+#[derive(Debug, Clone, Copy)]
+pub struct Actions {
+    /// Serves until told to stop; logging is set up.
+    pub serve: fn(Config) -> Result<(), String>,
+    /// What the cache in this folder holds.
+    pub list: fn(&Path) -> Result<Vec<ls::Row>, String>,
+}
+
+/// How a command ended badly.
+enum Failure {
+    /// The arguments, the environment or the file are wrong.
+    Usage(String),
+    /// It was tried and did not work.
+    Failed(String),
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::Usage(error.to_string())
+    }
+}
+
+/// Runs the command that `arguments` (the program's name first) ask for.
+pub fn run(arguments: impl IntoIterator<Item = OsString>, actions: &Actions) -> ExitCode {
+    let outcome = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => dispatch(arguments, actions),
+        Err(shown) => {
+            // Help and version are answers, not failures: clap knows which. Nobody is left to tell when this cannot be printed.
+            shown.print().ok();
+            return ExitCode::from(u8::try_from(shown.exit_code()).unwrap_or(2));
+        }
+    };
+    let (code, message) = match outcome {
+        Ok(()) => return ExitCode::SUCCESS,
+        Err(Failure::Failed(message)) => (1, message),
+        Err(Failure::Usage(message)) => (2, message),
+    };
+    let mut stderr = io::stderr().lock();
+    for line in message.lines() {
+        // As above.
+        writeln!(stderr, "error: {line}").ok();
+    }
+    ExitCode::from(code)
+}
+
+fn dispatch(arguments: Arguments, actions: &Actions) -> Result<(), Failure> {
+    let environment = config::environment();
+    let mut sources = Sources {
+        file: arguments.common.config,
+        environment,
+        overrides: Overrides {
+            cache_dir: arguments.common.cache_dir,
+            ..arguments.listen.into()
+        },
+    };
+    match arguments.command {
+        None => serve(&sources, Verbosity(arguments.common.verbose), actions),
+        Some(Command::Serve(listen)) => {
+            listen.add_to(&mut sources.overrides);
+            serve(&sources, Verbosity(arguments.common.verbose), actions)
+        }
+        Some(Command::Ls { json }) => {
+            let settings = Settings::read(&sources)?;
+            let folder = settings.cache_dir().unwrap_or_else(|| Path::new("."));
+            let rows = (actions.list)(folder).map_err(Failure::Failed)?;
+            let text = if json {
+                ls::json(&rows)
+            } else {
+                ls::table(&rows)
+            };
+            print(&text)
+        }
+        Some(Command::Config { verb }) => configuration::run(verb, sources),
+        Some(Command::Completions { shell }) => print_bytes(&pages::completions(shell)),
+        Some(Command::Man) => print_bytes(&pages::man().map_err(unprintable)?),
+    }
+}
+
+fn serve(sources: &Sources, verbosity: Verbosity, actions: &Actions) -> Result<(), Failure> {
+    let settings = Settings::read(sources)?;
+    let config = Config::check(&settings, &sources.environment)?;
+    let filter = logging::filter(&sources.environment, config.log.as_deref(), verbosity);
+    let filter = filter.map_err(Failure::Usage)?;
+    logging::init(filter).map_err(Failure::Failed)?;
+    for note in config::notes(&config, &settings) {
+        tracing::warn!(target: "config", "{note}");
+    }
+    (actions.serve)(config).map_err(Failure::Failed)
+}
+
+impl From<ListenFlags> for Overrides {
+    fn from(flags: ListenFlags) -> Self {
+        let mut overrides = Self::default();
+        flags.add_to(&mut overrides);
+        overrides
+    }
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    print_bytes(text.as_bytes())
+}
+
+fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        // `ls | head` has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        outcome => outcome.map_err(unprintable),
+    }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "the shape map_err wants")]
+fn unprintable(error: io::Error) -> Failure {
+    Failure::Failed(format!("cannot write to standard output: {error}"))
+}

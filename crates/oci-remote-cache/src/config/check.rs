@@ -1,0 +1,299 @@
+//! From settings to a [`Config`]: what values must be to each other, and the files they point at.
+//!
+//! Each value alone has been judged before (`value.rs`).
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Read as _};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use url::Url;
+
+use super::builtin::BUILT_IN;
+use super::error::{ConfigError, Origin, Problem};
+use super::keys::{KeyPath, nearest};
+use super::settings::Settings;
+use super::value::{SecretSource, Typed};
+use super::{CacheConfig, Config, CredentialsConfig, Serve, UpstreamConfig};
+use crate::secret::Secret;
+
+/// No password is longer; a file that is was not meant.
+const LARGEST_SECRET: u64 = 64 << 10;
+
+/// The settings below one table, and what is needed to resolve them.
+struct Section<'a> {
+    settings: &'a Settings,
+    environment: &'a [(String, String)],
+    at: KeyPath,
+}
+
+/// Checks everything that needs more than one value.
+pub(super) fn check(
+    settings: &Settings,
+    environment: &[(String, String)],
+) -> Result<Config, ConfigError> {
+    let top = Section {
+        settings,
+        environment,
+        at: KeyPath(Vec::new()),
+    };
+    let mut problems = Vec::new();
+    let mut upstreams = Vec::new();
+    for (key, origin) in settings.upstreams() {
+        match top.child(&["upstreams", key]).upstream(key, origin) {
+            Ok(upstream) => upstreams.push(upstream),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    problems.extend(top.collisions());
+    ConfigError::unless_any(problems, ())?;
+    let listen = top.require("listen")?;
+    let admin_listen = top.require("admin_listen")?;
+    top.apart(listen, admin_listen)?;
+    let cache = top.child(&["cache"]);
+    Ok(Config {
+        listen,
+        admin_listen,
+        cache_dir: top.cache_dir()?,
+        default_upstream: top.default_upstream(&upstreams)?,
+        log: top.find("log"),
+        cache: CacheConfig {
+            max_size: cache.find("max_size"),
+            max_blob: cache.find("max_blob"),
+        },
+        trusted_networks: top.list("trusted_networks"),
+        upstreams,
+    })
+}
+
+impl Section<'_> {
+    fn child(&self, steps: &[&str]) -> Self {
+        let at = steps
+            .iter()
+            .fold(self.at.clone(), |path, step| path.child(step));
+        Self { at, ..*self }
+    }
+
+    fn find<T: Typed>(&self, name: &str) -> Option<T> {
+        self.settings.value(&self.at.child(name)).cloned()
+    }
+
+    fn list<T>(&self, name: &str) -> Vec<T>
+    where
+        Vec<T>: Typed,
+    {
+        self.find(name).unwrap_or_default()
+    }
+
+    fn require<T: Typed>(&self, name: &str) -> Result<T, Problem> {
+        let missing = || Problem::at(&Origin::Default, &self.at.child(name), "has no value");
+        self.find(name).ok_or_else(missing)
+    }
+
+    /// `what` is wrong with the key `name`, wherever it was said.
+    fn problem(&self, name: &str, what: impl Into<String>) -> Problem {
+        let path = self.at.child(name);
+        let origin = self.settings.get(&path).map(|setting| &setting.origin);
+        Problem::at(origin.unwrap_or(&Origin::Default), &path, what)
+    }
+
+    fn cache_dir(&self) -> Result<PathBuf, Problem> {
+        let path: PathBuf = self.require("cache_dir")?;
+        // What is not there yet is made when the store opens; what cannot be looked at is reported then.
+        match fs::metadata(&path) {
+            Ok(found) if !found.is_dir() => Err(self.problem(
+                "cache_dir",
+                format!("{} is there and is no folder", path.display()),
+            )),
+            Ok(_) | Err(_) => Ok(path),
+        }
+    }
+
+    fn apart(&self, listen: SocketAddr, admin: SocketAddr) -> Result<(), Problem> {
+        let same_host = listen.ip() == admin.ip()
+            || listen.ip().is_unspecified()
+            || admin.ip().is_unspecified();
+        if listen.port() == admin.port() && listen.port() != 0 && same_host {
+            let what = format!("{admin} is taken by listen = \"{listen}\"; give it another port");
+            return Err(self.problem("admin_listen", what));
+        }
+        Ok(())
+    }
+
+    fn default_upstream(&self, upstreams: &[UpstreamConfig]) -> Result<Option<String>, Problem> {
+        let named: String = self.require("default_upstream")?;
+        if named.is_empty() {
+            return Ok(None);
+        }
+        let found = upstreams
+            .iter()
+            .find(|upstream| upstream.key == named || upstream.aliases.contains(&named));
+        if let Some(upstream) = found {
+            return Ok(Some(upstream.key.clone()));
+        }
+        let keys = upstreams.iter().map(|upstream| upstream.key.as_str());
+        let hint = hint(nearest(&named, keys));
+        Err(self.problem(
+            "default_upstream",
+            format!("no upstream is called {named:?}{hint}"),
+        ))
+    }
+
+    /// Names that lead to more than one upstream.
+    fn collisions(&self) -> Vec<Problem> {
+        let mut owners = BTreeMap::new();
+        let mut problems = Vec::new();
+        for key in self.settings.upstreams().keys() {
+            let section = self.child(&["upstreams", key]);
+            for alias in section.list::<String>("aliases") {
+                problems.extend(self.collision(key, &alias, &owners));
+                owners.insert(alias, key.as_str());
+            }
+        }
+        problems
+    }
+
+    /// What is wrong with `alias` as an alias of `key`, reported at what the operator wrote: an alias of ours is never his mistake.
+    fn collision(
+        &self,
+        key: &str,
+        alias: &str,
+        owners: &BTreeMap<String, &str>,
+    ) -> Option<Problem> {
+        let section = self.child(&["upstreams", key]);
+        let ours = !section.is_set("aliases");
+        if alias != key
+            && let Some(origin) = self.settings.upstreams().get(alias)
+        {
+            if !ours {
+                let what = format!("{alias:?} is an upstream of its own");
+                return Some(section.problem("aliases", what));
+            }
+            let path = KeyPath::new(&["upstreams", alias]);
+            let what = format!("is an alias of the upstream \"{key}\" already");
+            return Some(Problem::at(origin, &path, what));
+        }
+        let owner = owners.get(alias).filter(|owner| **owner != key)?;
+        let (section, owner) = if ours {
+            (self.child(&["upstreams", owner]), key)
+        } else {
+            (section, *owner)
+        };
+        let what = format!("{alias:?} is an alias of \"{owner}\" already");
+        Some(section.problem("aliases", what))
+    }
+
+    fn is_set(&self, name: &str) -> bool {
+        let setting = self.settings.get(&self.at.child(name));
+        setting.is_some_and(|setting| setting.origin.is_set())
+    }
+
+    fn upstream(&self, key: &str, origin: &Origin) -> Result<UpstreamConfig, Problem> {
+        let url: Option<Url> = self.find("url");
+        let url = url.ok_or_else(|| {
+            let built_in = BUILT_IN.iter().map(|upstream| upstream.key);
+            let hint = hint(nearest(key, built_in));
+            Problem::at(
+                origin,
+                &self.at,
+                format!("has no url and is not built in{hint}"),
+            )
+        })?;
+        Ok(UpstreamConfig {
+            key: key.to_owned(),
+            url,
+            aliases: self.list("aliases"),
+            library: self.require("library")?,
+            tag_ttl: self.require::<Duration>("tag_ttl")?,
+            negative_ttl: self.require::<Duration>("negative_ttl")?,
+            credentials: self.child(&["credentials"]).credentials()?,
+            serve: self.serve(),
+            token_realms: self.list("token_realms"),
+            redirect_hosts: self.list("redirect_hosts"),
+            mirrors: self.list("mirrors"),
+            ca_file: self.ca_file()?,
+            connections_per_blob: self.require("connections_per_blob")?,
+            max_connections: self.require("max_connections")?,
+        })
+    }
+
+    fn serve(&self) -> Option<Serve> {
+        match self.find::<String>("serve")?.as_str() {
+            "all" => Some(Serve::All),
+            _ => Some(Serve::Public),
+        }
+    }
+
+    fn credentials(&self) -> Result<Option<CredentialsConfig>, Problem> {
+        let username: Option<String> = self.find("username");
+        let password: Option<SecretSource> = self.find("password");
+        match (username, password) {
+            (None, None) => Ok(None),
+            (Some(username), Some(source)) => Ok(Some(CredentialsConfig {
+                username,
+                password: self.secret("password", &source)?,
+            })),
+            (Some(_), None) => Err(self.problem("username", "needs a password beside it")),
+            (None, Some(_)) => Err(self.problem("password", "needs a username beside it")),
+        }
+    }
+
+    fn secret(&self, name: &str, source: &SecretSource) -> Result<Secret, Problem> {
+        let secret = match source {
+            SecretSource::Text(secret) => secret.clone(),
+            SecretSource::File(path) => secret_file(path).map_err(|error| {
+                let what = format!("cannot read the file {}: {error}", path.display());
+                self.problem(name, what)
+            })?,
+            SecretSource::Variable(variable) => {
+                let found = self
+                    .environment
+                    .iter()
+                    .find(|(name, _)| name == variable)
+                    .map(|(_, value)| Secret::new(value.clone()));
+                found.ok_or_else(|| {
+                    let what = format!("the environment variable {variable} is not set");
+                    self.problem(name, what)
+                })?
+            }
+        };
+        if secret.is_empty() {
+            return Err(self.problem(name, "is empty"));
+        }
+        Ok(secret)
+    }
+
+    fn ca_file(&self) -> Result<Option<PathBuf>, Problem> {
+        let Some(path) = self.find::<PathBuf>("ca_file") else {
+            return Ok(None);
+        };
+        match readable(&path) {
+            Ok(()) => Ok(Some(path)),
+            Err(error) => {
+                let what = format!("cannot read the file {}: {error}", path.display());
+                Err(self.problem("ca_file", what))
+            }
+        }
+    }
+}
+
+fn readable(path: &Path) -> io::Result<()> {
+    let mut first = [0];
+    fs::File::open(path)?.read(&mut first).map(drop)
+}
+
+fn secret_file(path: &Path) -> io::Result<Secret> {
+    let mut text = String::new();
+    fs::File::open(path)?
+        .take(LARGEST_SECRET)
+        .read_to_string(&mut text)?;
+    // Editors and `echo` end a file with a line end that is no part of the password.
+    text.truncate(text.trim_end_matches(['\r', '\n']).len());
+    Ok(Secret::new(text))
+}
+
+fn hint(meant: Option<&str>) -> String {
+    meant.map_or_else(String::new, |meant| format!("; did you mean {meant:?}?"))
+}

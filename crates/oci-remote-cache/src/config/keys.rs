@@ -1,0 +1,402 @@
+//! Every configuration key, said once: path, kind, default, what it is for.
+//!
+//! The file reader, the environment, `config show|init|schema` and the reference page all walk this one list, so that none of them can
+//! know a key the others do not. What a value must look like is `value.rs`; what must fit together is `check.rs`.
+
+use std::fmt;
+
+/// One key as it may be written.
+#[derive(Debug)]
+pub(super) struct Key {
+    /// The steps from the top; `*` stands for an upstream's own key.
+    pub(super) path: &'static [&'static str],
+    /// What its value must look like.
+    pub(super) kind: Kind,
+    /// What holds when nobody says anything.
+    pub(super) default: Default,
+    /// A value as it could stand in a file.
+    pub(super) example: &'static str,
+    /// What it does, as the template, the schema and the reference page print it.
+    pub(super) doc: &'static str,
+}
+
+/// The shapes a value can have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// `address:port` to listen on.
+    Address,
+    /// A file or folder.
+    Path,
+    /// The key or alias of an upstream, or nothing.
+    UpstreamName,
+    /// Directives for the log.
+    LogFilter,
+    /// Bytes, with or without a unit.
+    Size,
+    /// A span of time with units.
+    Duration,
+    /// `true` or `false`.
+    Flag,
+    /// A whole number of at least one.
+    Count,
+    /// Where a registry answers.
+    Url,
+    /// Several of those.
+    Urls,
+    /// Names that stand for an upstream, as its key does.
+    Names,
+    /// `host` or `host:port`.
+    Hosts,
+    /// `host`, `host:port` or `address/prefix`.
+    HostsOrNetworks,
+    /// `address/prefix`.
+    Networks,
+    /// The user name of a credential.
+    Username,
+    /// Text that is never shown.
+    Secret,
+    /// One of a few words.
+    Choice(&'static [&'static str]),
+}
+
+/// A key's value when no source gives one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Default {
+    /// This, written as in an environment variable.
+    Text(&'static str),
+    /// None; these words say what happens then.
+    Words(&'static str),
+}
+
+/// A key's path with the upstream filled in, for messages and for finding values.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct KeyPath(pub(super) Vec<String>);
+
+/// Keys whose features have not landed. They are unknown to every reader and on no page until they are taken out of this list.
+pub(super) const NOT_YET: &[&[&str]] = &[
+    &["trusted_networks"],
+    &["upstreams", "*", "serve"],
+    &["upstreams", "*", "redirect_hosts"],
+    &["upstreams", "*", "mirrors"],
+    &["upstreams", "*", "connections_per_blob"],
+    &["upstreams", "*", "max_connections"],
+];
+
+/// The tables, in the order they are printed, and what they hold.
+pub(super) const TABLES: &[(&[&str], &str)] = &[
+    (
+        &[],
+        "What the process listens on and where it keeps its files.",
+    ),
+    (&["cache"], "How much is kept."),
+    (
+        &["upstreams", "*"],
+        "One registry. The section's key is the first path segment (`/v2/<key>/<name>/…`) and the `ns` value that lead to it. \
+         A section named like a built-in upstream overrides that one key by key.",
+    ),
+];
+
+/// All keys, those of features to come included. Readers use [`keys`].
+const ALL: &[Key] = &[
+    Key {
+        path: &["listen"],
+        kind: Kind::Address,
+        default: Default::Text("[::]:8080"),
+        example: "\"[::]:8080\"",
+        doc: "Address and port for clients. `[::]` takes IPv4 and IPv6, and falls back to `0.0.0.0` on a machine without IPv6.",
+    },
+    Key {
+        path: &["admin_listen"],
+        kind: Kind::Address,
+        default: Default::Text("127.0.0.1:8081"),
+        example: "\"127.0.0.1:8081\"",
+        doc: "Address and port for `/metrics` and the health checks of operators.",
+    },
+    Key {
+        path: &["cache_dir"],
+        kind: Kind::Path,
+        default: Default::Text("/tmp/cache/oci"),
+        example: "\"/var/cache/oci-remote-cache\"",
+        doc: "Folder for everything that is kept. Without it systemd's `CACHE_DIRECTORY` is taken where set.",
+    },
+    Key {
+        path: &["default_upstream"],
+        kind: Kind::UpstreamName,
+        default: Default::Text("docker.io"),
+        example: "\"docker.io\"",
+        doc: "The upstream for names that begin with no upstream's key, as Docker's `registry-mirrors` sends them. `\"\"` means none.",
+    },
+    Key {
+        path: &["log"],
+        kind: Kind::LogFilter,
+        default: Default::Words("`info`"),
+        example: "\"info,upstream=debug\"",
+        doc: "What is logged: a level, or `target=level` directives separated by commas. `RUST_LOG`, when set, is used instead.",
+    },
+    Key {
+        path: &["trusted_networks"],
+        kind: Kind::Networks,
+        default: Default::Text(""),
+        example: "[\"198.18.0.0/15\"]",
+        doc: "Networks that count as public when an upstream's realm or redirect leads there: NAT64, fake-IP and overlay networks.",
+    },
+    Key {
+        path: &["cache", "max_size"],
+        kind: Kind::Size,
+        default: Default::Words(
+            "the smaller of 80 % of (free + ours) and free + ours - 2 GiB; on tmpfs at most a quarter of memory",
+        ),
+        example: "\"50GiB\"",
+        doc: "How much disk the cache may use. Beyond it, what was used longest ago goes first.",
+    },
+    Key {
+        path: &["cache", "max_blob"],
+        kind: Kind::Size,
+        default: Default::Words("half of `max_size`"),
+        example: "\"25GiB\"",
+        doc: "The largest blob that is kept; larger ones pass through uncached.",
+    },
+    Key {
+        path: &["upstreams", "*", "url"],
+        kind: Kind::Url,
+        default: Default::Words("none: required, except for a built-in upstream"),
+        example: "\"https://registry.example.com\"",
+        doc: "Where the registry answers, without `/v2`. It may carry a path prefix. `http://` means no TLS.",
+    },
+    Key {
+        path: &["upstreams", "*", "aliases"],
+        kind: Kind::Names,
+        default: Default::Text(""),
+        example: "[\"index.docker.io\", \"registry-1.docker.io\"]",
+        doc: "Further names that lead here, as the key does.",
+    },
+    Key {
+        path: &["upstreams", "*", "library"],
+        kind: Kind::Flag,
+        default: Default::Text("false"),
+        example: "true",
+        doc: "Whether names of one segment get `library/` in front, as Docker Hub wants them.",
+    },
+    Key {
+        path: &["upstreams", "*", "tag_ttl"],
+        kind: Kind::Duration,
+        default: Default::Text("1m"),
+        example: "\"1m\"",
+        doc: "How long a tag is served without asking the upstream whether it moved.",
+    },
+    Key {
+        path: &["upstreams", "*", "negative_ttl"],
+        kind: Kind::Duration,
+        default: Default::Text("10s"),
+        example: "\"10s\"",
+        doc: "How long an upstream's \"not found\" is believed.",
+    },
+    Key {
+        path: &["upstreams", "*", "credentials", "username"],
+        kind: Kind::Username,
+        default: Default::Words("none: anonymous"),
+        example: "\"robot\"",
+        doc: "User name for this upstream.",
+    },
+    Key {
+        path: &["upstreams", "*", "credentials", "password"],
+        kind: Kind::Secret,
+        default: Default::Words("none: anonymous"),
+        example: "{ file = \"/run/secrets/registry-password\" }",
+        doc: "Password or token: text, `{ file = \"…\" }` (line ends at its end are dropped) or `{ env = \"…\" }`.",
+    },
+    Key {
+        path: &["upstreams", "*", "serve"],
+        kind: Kind::Choice(&["public", "all"]),
+        default: Default::Words("`all` on a loopback `listen`, else `public`"),
+        example: "\"public\"",
+        doc: "With credentials: whether clients get only what anyone may pull (`public`) or all that the credentials open (`all`).",
+    },
+    Key {
+        path: &["upstreams", "*", "token_realms"],
+        kind: Kind::Hosts,
+        default: Default::Text(""),
+        example: "[\"auth.docker.io\"]",
+        doc: "Further hosts that may receive the credentials: `host` (any port) or `host:port`.",
+    },
+    Key {
+        path: &["upstreams", "*", "redirect_hosts"],
+        kind: Kind::HostsOrNetworks,
+        default: Default::Text(""),
+        example: "[\"storage.example.internal\"]",
+        doc: "Further hosts or networks that this upstream may redirect to.",
+    },
+    Key {
+        path: &["upstreams", "*", "mirrors"],
+        kind: Kind::Urls,
+        default: Default::Text(""),
+        example: "[\"https://mirror.example.com\"]",
+        doc: "Tried in order when `url` fails.",
+    },
+    Key {
+        path: &["upstreams", "*", "ca_file"],
+        kind: Kind::Path,
+        default: Default::Words("none: the system's trust roots only"),
+        example: "\"/etc/ssl/registry-ca.pem\"",
+        doc: "PEM file with a further trust root for this upstream.",
+    },
+    Key {
+        path: &["upstreams", "*", "connections_per_blob"],
+        kind: Kind::Count,
+        default: Default::Text("8"),
+        example: "8",
+        doc: "How many connections may fetch one large blob at once.",
+    },
+    Key {
+        path: &["upstreams", "*", "max_connections"],
+        kind: Kind::Count,
+        default: Default::Text("64"),
+        example: "64",
+        doc: "How many connections may fetch blobs from this upstream at once.",
+    },
+];
+
+impl Key {
+    /// This key's path; `upstream` takes the place of `*`.
+    pub(super) fn path_in(&self, upstream: &str) -> KeyPath {
+        let step = |step: &&str| if *step == "*" { upstream } else { step }.to_owned();
+        KeyPath(self.path.iter().map(step).collect())
+    }
+
+    /// Whether the key belongs to an upstream.
+    pub(super) fn is_upstream(&self) -> bool {
+        self.path.get(1) == Some(&"*")
+    }
+
+    /// The table it is printed in.
+    pub(super) fn table(&self) -> &'static [&'static str] {
+        let (length, _) = self.placed();
+        self.path.get(..length).unwrap_or_default()
+    }
+
+    /// Its steps below that table.
+    pub(super) fn name(&self) -> &'static [&'static str] {
+        let (_, name) = self.placed();
+        name
+    }
+
+    fn placed(&self) -> (usize, &'static [&'static str]) {
+        let length = if self.is_upstream() {
+            2
+        } else {
+            self.path.len().saturating_sub(1)
+        };
+        (length, self.path.get(length..).unwrap_or_default())
+    }
+}
+
+impl KeyPath {
+    /// The path with these steps.
+    pub(super) fn new(steps: &[&str]) -> Self {
+        Self(steps.iter().map(|step| (*step).to_owned()).collect())
+    }
+
+    /// One step further.
+    pub(super) fn child(&self, step: &str) -> Self {
+        let mut steps = self.0.clone();
+        steps.push(step.to_owned());
+        Self(steps)
+    }
+
+    /// The last step.
+    pub(super) fn last(&self) -> &str {
+        self.0.last().map_or("", String::as_str)
+    }
+}
+
+impl fmt::Display for KeyPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, step) in self.0.iter().enumerate() {
+            let dot = if number == 0 { "" } else { "." };
+            write!(f, "{dot}{}", step.escape_debug())?;
+        }
+        Ok(())
+    }
+}
+
+/// Every key that may be written today.
+pub(super) fn keys() -> impl Iterator<Item = &'static Key> {
+    ALL.iter().filter(|key| !NOT_YET.contains(&key.path))
+}
+
+/// Every key, whether its feature has landed or not: for defaults, which the checked configuration always holds.
+pub(super) fn all_keys() -> impl Iterator<Item = &'static Key> {
+    ALL.iter()
+}
+
+/// What the steps `path` lead to.
+pub(super) fn find(path: &KeyPath) -> Found {
+    let fits = |pattern: &[&str]| {
+        pattern.len() >= path.0.len()
+            && pattern
+                .iter()
+                .zip(&path.0)
+                .all(|(step, written)| *step == "*" || step == written)
+    };
+    let mut found = Found::Nothing;
+    for key in keys().filter(|key| fits(key.path)) {
+        if key.path.len() == path.0.len() {
+            return Found::Key(key);
+        }
+        found = Found::Table;
+    }
+    found
+}
+
+/// See [`find`].
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Found {
+    /// A key with a value.
+    Key(&'static Key),
+    /// A table that holds keys.
+    Table,
+    /// No such key.
+    Nothing,
+}
+
+/// What the writer of the unknown key `path` most likely meant.
+pub(super) fn suggestion(path: &KeyPath) -> Option<String> {
+    elsewhere(path).or_else(|| {
+        let depth = path.0.len().saturating_sub(1);
+        let siblings = keys().filter_map(|key| {
+            let beside = key
+                .path
+                .iter()
+                .zip(&path.0)
+                .take(depth)
+                .all(|(step, written)| *step == "*" || step == written);
+            key.path.get(depth).filter(|_| beside).copied()
+        });
+        nearest(path.last(), siblings).map(str::to_owned)
+    })
+}
+
+/// The full path of a key of exactly this name in another table: the commonest slip in TOML is a key below the wrong header.
+fn elsewhere(path: &KeyPath) -> Option<String> {
+    let upstream = path.0.get(1).filter(|_| path.0.len() > 2);
+    let key = keys().find(|key| key.path.last() == Some(&path.last()))?;
+    if key.is_upstream() && upstream.is_none() {
+        return Some(format!("upstreams.<key>.{}", key.name().join(".")));
+    }
+    Some(key.path_in(upstream.map_or("", String::as_str)).to_string())
+}
+
+/// The candidate most like `name`, if one is like it at all.
+pub(super) fn nearest<'a>(
+    name: &str,
+    candidates: impl IntoIterator<Item = &'a str>,
+) -> Option<&'a str> {
+    const ALIKE: f64 = 0.78;
+    candidates
+        .into_iter()
+        .filter(|candidate| *candidate != "*")
+        .map(|candidate| (strsim::jaro_winkler(name, candidate), candidate))
+        .filter(|(score, _)| *score >= ALIKE)
+        .max_by(|(one, _), (other, _)| one.total_cmp(other))
+        .map(|(_, candidate)| candidate)
+}

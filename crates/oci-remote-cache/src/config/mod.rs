@@ -1,0 +1,134 @@
+//! What the operator decided: from defaults, a TOML file, the environment and flags to one checked [`Config`].
+//!
+//! Every key is said once, in `keys.rs`. [`Settings`] is the configuration as written, with the place of each value; [`Config`] is the
+//! configuration as checked, which the rest of the program uses. Nothing here listens, connects or writes.
+
+mod builtin;
+mod check;
+mod env;
+mod error;
+mod file;
+mod hosts;
+mod keys;
+mod notes;
+mod pages;
+mod schema;
+mod settings;
+mod show;
+mod units;
+mod value;
+
+#[cfg(test)]
+mod tests;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use url::Url;
+
+pub use self::env::environment;
+pub use self::error::ConfigError;
+pub use self::notes::notes;
+pub use self::pages::{reference, template};
+pub use self::schema::schema;
+pub use self::settings::{Overrides, Settings, Sources};
+pub use self::show::show;
+use crate::secret::Secret;
+
+/// A configuration that makes sense: every value judged, names unique, secrets read.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where clients connect.
+    pub listen: SocketAddr,
+    /// Where operators connect.
+    pub admin_listen: SocketAddr,
+    /// Everything that is kept.
+    pub cache_dir: PathBuf,
+    /// The key of the upstream for names without one; none where the operator wants none.
+    pub default_upstream: Option<String>,
+    /// The log filter; none means the default.
+    pub log: Option<String>,
+    /// How much is kept.
+    pub cache: CacheConfig,
+    /// `address/prefix` of networks that count as public.
+    pub trusted_networks: Vec<String>,
+    /// All upstreams, built in or configured, by key.
+    pub upstreams: Vec<UpstreamConfig>,
+}
+
+/// How much is kept. What is not said follows from the disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheConfig {
+    /// Bytes for everything.
+    pub max_size: Option<u64>,
+    /// Bytes of the largest blob that is kept.
+    pub max_blob: Option<u64>,
+}
+
+/// One registry.
+#[derive(Debug, Clone)]
+pub struct UpstreamConfig {
+    /// The first path segment and `ns` value that lead here.
+    pub key: String,
+    /// Where it answers: http or https, perhaps with a path prefix, without `/v2`.
+    pub url: Url,
+    /// Further names that lead here.
+    pub aliases: Vec<String>,
+    /// Whether one-segment names get `library/`.
+    pub library: bool,
+    /// How long a tag is fresh.
+    pub tag_ttl: Duration,
+    /// How long a "not found" is believed.
+    pub negative_ttl: Duration,
+    /// Who we are there; none is anonymous.
+    pub credentials: Option<CredentialsConfig>,
+    /// What may be served of what the credentials open; none leaves it to where we listen.
+    pub serve: Option<Serve>,
+    /// `host` or `host:port` that may receive the credentials too.
+    pub token_realms: Vec<String>,
+    /// `host`, `host:port` or `address/prefix` that it may redirect to.
+    pub redirect_hosts: Vec<String>,
+    /// Tried in order when `url` fails.
+    pub mirrors: Vec<Url>,
+    /// A further trust root.
+    pub ca_file: Option<PathBuf>,
+    /// Connections for one large blob.
+    pub connections_per_blob: usize,
+    /// Connections for blobs in all.
+    pub max_connections: usize,
+}
+
+/// A user name and its password or token.
+#[derive(Debug, Clone)]
+pub struct CredentialsConfig {
+    /// Not empty, without a colon.
+    pub username: String,
+    /// Not empty.
+    pub password: Secret,
+}
+
+/// What clients get from an upstream that has credentials.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Serve {
+    /// Only what anyone may pull there.
+    Public,
+    /// All that the credentials open.
+    All,
+}
+
+impl Config {
+    /// Reads `sources`, lays them over each other and checks the outcome.
+    pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
+        let settings = Settings::read(sources)?;
+        Self::check(&settings, &sources.environment)
+    }
+
+    /// Checks `settings` as a whole: names, addresses, files. Secrets are read now, from files and `environment`.
+    pub fn check(
+        settings: &Settings,
+        environment: &[(String, String)],
+    ) -> Result<Self, ConfigError> {
+        check::check(settings, environment)
+    }
+}

@@ -1,0 +1,107 @@
+//! What an operator should know about a configuration that is right as far as it goes.
+//!
+//! `config check` prints these and the server logs them at its start. None keeps anything from working.
+
+use std::fs;
+use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use url::Host;
+
+use super::error::Origin;
+use super::keys::{KeyPath, keys};
+use super::settings::Settings;
+use super::value::{SecretSource, Typed as _};
+use super::{Config, UpstreamConfig};
+
+/// What is noteworthy, one line each.
+pub fn notes(config: &Config, settings: &Settings) -> Vec<String> {
+    let mut notes: Vec<String> = [cache_dir(config), max_blob(config), nothing_default(config)]
+        .into_iter()
+        .flatten()
+        .collect();
+    for upstream in &config.upstreams {
+        let key = &upstream.key;
+        let about = [clear(upstream), ca(upstream), shadow(config, upstream)];
+        let about = about.into_iter().flatten();
+        notes.extend(about.map(|note| format!("upstreams.{key}: {note}")));
+    }
+    notes.extend(open_secrets(settings));
+    notes
+}
+
+fn cache_dir(config: &Config) -> Option<String> {
+    let short_lived = ["/tmp", "/var/tmp", "/dev/shm", "/run"];
+    let found = short_lived
+        .into_iter()
+        .find(|folder| config.cache_dir.starts_with(folder))?;
+    Some(format!(
+        "cache_dir: {} lies under {found}, where files do not last",
+        config.cache_dir.display()
+    ))
+}
+
+fn max_blob(config: &Config) -> Option<String> {
+    let (size, blob) = (config.cache.max_size?, config.cache.max_blob?);
+    (blob > size).then(|| "cache.max_blob: is larger than cache.max_size, which decides".to_owned())
+}
+
+fn nothing_default(config: &Config) -> Option<String> {
+    let none = config.default_upstream.is_none();
+    none.then(|| {
+        "default_upstream: is none; names that begin with no upstream's key are not found"
+            .to_owned()
+    })
+}
+
+fn clear(upstream: &UpstreamConfig) -> Option<String> {
+    let far = match upstream.url.host()? {
+        Host::Domain(name) => name != "localhost",
+        Host::Ipv4(address) => !IpAddr::V4(address).is_loopback(),
+        Host::Ipv6(address) => !IpAddr::V6(address).is_loopback(),
+    };
+    let clear = upstream.url.scheme() == "http" && upstream.credentials.is_some() && far;
+    clear.then(|| "sends its credentials in the clear, since its url is http://".to_owned())
+}
+
+fn ca(upstream: &UpstreamConfig) -> Option<String> {
+    let unused = upstream.ca_file.is_some() && upstream.url.scheme() == "http";
+    unused.then(|| "ca_file has no effect, since its url is http://".to_owned())
+}
+
+/// A name without a dot is a legal first segment of a repository's name too.
+fn shadow(config: &Config, upstream: &UpstreamConfig) -> Option<String> {
+    let default = config.default_upstream.as_ref()?;
+    let names = std::iter::once(&upstream.key).chain(&upstream.aliases);
+    let host_like = |name: &str| name.contains(['.', ':']) || name == "localhost";
+    let name = names.into_iter().find(|name| !host_like(name))?;
+    (default != &upstream.key).then(|| {
+        format!("repositories of {default} whose names begin with {name}/ are reached only as {default}/{name}/…")
+    })
+}
+
+/// Passwords written into a file that everybody on this machine can read.
+fn open_secrets(settings: &Settings) -> Vec<String> {
+    let secrets = keys().flat_map(|key| settings.paths(key));
+    secrets
+        .filter_map(|path| open_secret(settings, &path))
+        .collect()
+}
+
+fn open_secret(settings: &Settings, path: &KeyPath) -> Option<String> {
+    let setting = settings.get(path)?;
+    let source = SecretSource::of(&setting.value)?;
+    let (file, holder) = match (source, &setting.origin) {
+        (SecretSource::Text(_), Origin::File { file, .. }) => (Path::new(&**file), "is written in"),
+        (SecretSource::File(file), _) => (file.as_path(), "is read from"),
+        _ => return None,
+    };
+    let mode = fs::metadata(file).ok()?.mode();
+    (mode & 0o004 != 0).then(|| {
+        format!(
+            "{path}: {holder} {}, which everybody on this machine can read",
+            file.display()
+        )
+    })
+}

@@ -1,0 +1,153 @@
+//! The one place that answers *stored*, *filling* or *lead*, under one lock.
+//!
+//! A blob is entered in the store's index before its fill leaves the table, so between two looks it is always in one or the other, and
+//! no digest is fetched twice because it was published in between.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use oci::Digest;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::tail::Joined;
+use super::{Fill, FillError, Fills, Key, Phase, Progress, Readers, Wish, task};
+use crate::names::Source;
+use crate::store::Blob;
+use crate::upstream::Upstream;
+use crate::upstream::resume::BlobAsk;
+
+/// How long requests of the same repository share a failure, so that a storm on a bad blob is no storm on the upstream.
+const SHARED_FAILURE: Duration = Duration::from_millis(500);
+
+/// How a request stands to the blob.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Its repository is known to hold the blob: it may be given what is stored or filling.
+    Proven,
+    /// Not known: it may only lead a fetch of its own, whose answer is the proof, or follow one that its own repository leads.
+    Unproven,
+}
+
+/// A blob that a request wants.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Where to ask for it.
+    pub upstream: Arc<Upstream>,
+    /// In whose name.
+    pub source: Source,
+    /// Which blob.
+    pub digest: Digest,
+    /// What may be given.
+    pub standing: Standing,
+    /// Which bytes.
+    pub wish: Wish,
+    /// The size that a manifest told of.
+    pub size_hint: Option<u64>,
+}
+
+/// What was found.
+#[derive(Debug)]
+pub enum Found {
+    /// On disk.
+    Stored(Blob),
+    /// On its way: here is a place to read it from.
+    Filling(Joined),
+    /// Nobody was fetching it; now a fill does, and here is its first reader.
+    Lead(Joined),
+    /// It failed just now.
+    Failed(FillError),
+    /// On its way for another repository: this one must be proven first.
+    ProveFirst,
+}
+
+#[derive(Debug)]
+pub(super) enum Slot {
+    Running(Arc<Fill>),
+    Failed { source: Source, error: FillError, until: Instant },
+}
+
+enum Look {
+    Stored,
+    Is(Found),
+}
+
+impl Fills {
+    /// Finds the blob or starts fetching it.
+    pub async fn find(&self, wanted: &Wanted) -> Found {
+        loop {
+            match self.look(wanted) {
+                Look::Is(found) => return found,
+                Look::Stored => {
+                    if let Some(blob) = self.store.blob(&wanted.digest).await {
+                        return Found::Stored(blob);
+                    }
+                    // It was damaged or evicted between the look and the opening; the store has forgotten it, so the next look leads.
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+    }
+
+    /// The running fill of this digest that `source` may follow, for requests that only look (HEAD).
+    pub fn running(&self, key: &Key, source: &Source, standing: Standing) -> Option<Progress> {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        match running.get(key) {
+            Some(Slot::Running(fill)) if standing == Standing::Proven || fill.source == *source => Some(fill.progress()),
+            _ => None,
+        }
+    }
+
+    fn look(&self, wanted: &Wanted) -> Look {
+        let key = Key { upstream: wanted.source.upstream.clone(), digest: wanted.digest };
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        if wanted.standing == Standing::Proven && self.store.contains(&wanted.digest) {
+            return Look::Stored;
+        }
+        match running.get(&key) {
+            Some(Slot::Running(fill)) if wanted.standing == Standing::Proven || fill.source == wanted.source => {
+                return Look::Is(Found::Filling(Joined::new(self, fill, wanted.wish)));
+            }
+            Some(Slot::Running(_)) => return Look::Is(Found::ProveFirst),
+            Some(Slot::Failed { source, error, until }) if *source == wanted.source && Instant::now() < *until => {
+                return Look::Is(Found::Failed(error.clone()));
+            }
+            Some(Slot::Failed { .. }) | None => {}
+        }
+        let fill = Arc::new(self.begin(&key, wanted));
+        running.insert(key, Slot::Running(Arc::clone(&fill)));
+        let joined = Joined::new(self, &fill, wanted.wish);
+        self.tasks.spawn(task::run(fill, self.clone(), wanted.size_hint));
+        Look::Is(Found::Lead(joined))
+    }
+
+    fn begin(&self, key: &Key, wanted: &Wanted) -> Fill {
+        let (progress, _) = watch::channel(Progress { phase: Phase::Opening, size: None, spool: None, credential: None });
+        Fill {
+            key: key.clone(),
+            source: wanted.source.clone(),
+            ask: BlobAsk {
+                upstream: Arc::clone(&wanted.upstream),
+                repository: wanted.source.repository.clone(),
+                digest: wanted.digest.into(),
+            },
+            progress,
+            readers: Readers::default().into(),
+            wake: tokio::sync::Notify::new(),
+        }
+    }
+
+    /// Takes a fill that has ended off the table.
+    pub(super) fn leave(&self, fill: &Fill) {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&fill.key);
+    }
+
+    /// Takes a failed fill off the table, leaving its error for those who ask within [`SHARED_FAILURE`].
+    pub(super) fn leave_failed(&self, fill: &Fill, error: FillError) {
+        let until = Instant::now() + SHARED_FAILURE;
+        let slot = Slot::Failed { source: fill.source.clone(), error, until };
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.retain(|_, slot| !matches!(slot, Slot::Failed { until, .. } if *until <= Instant::now()));
+        running.insert(fill.key.clone(), slot);
+    }
+}

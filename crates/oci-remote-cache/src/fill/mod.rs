@@ -1,0 +1,280 @@
+//! Blobs on their way in: one upstream transfer, any number of readers at any offset.
+//!
+//! A fill is a task of its own, keyed by upstream and digest ([`task`]). Every client, the first or the five-hundredth, whole or ranged,
+//! only reads it through a [`Tail`]. [`Fills::find`] is the one place that answers *stored*, *filling* or *lead*. Who may read what is
+//! decided above, in `cache/right`; this floor is told.
+
+pub mod direct;
+pub mod error;
+pub mod find;
+pub mod plan;
+pub mod tail;
+mod task;
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use oci::{Digest, Slice};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
+
+pub use self::direct::Alone;
+pub use self::error::FillError;
+pub use self::find::{Found, Standing, Wanted};
+pub use self::tail::Tail;
+
+use self::plan::{Appetite, Want};
+use crate::metrics::Metrics;
+use crate::names::{CredentialId, Source, UpstreamId};
+use crate::store::Store;
+use crate::store::pieces::PieceMap;
+use crate::store::spool::Spool;
+use crate::tasks::Tasks;
+use crate::upstream::resume::BlobAsk;
+
+/// How many connections fills may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connections {
+    /// For one blob.
+    pub per_blob: usize,
+    /// For one upstream.
+    pub per_upstream: usize,
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self { per_blob: 8, per_upstream: 64 }
+    }
+}
+
+/// What a fill is found by. Another upstream's fill of the same digest is another fill: its bytes prove nothing here.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Whose bytes.
+    pub upstream: UpstreamId,
+    /// Which blob.
+    pub digest: Digest,
+}
+
+/// All fills of this process. Clones share them.
+#[derive(Clone, Debug)]
+pub struct Fills {
+    running: Arc<Mutex<HashMap<Key, find::Slot>>>,
+    connections: Arc<Mutex<HashMap<UpstreamId, Arc<Semaphore>>>>,
+    limits: Connections,
+    store: Store,
+    metrics: Metrics,
+    tasks: Tasks,
+}
+
+/// One blob on its way in.
+#[derive(Debug)]
+pub struct Fill {
+    key: Key,
+    source: Source,
+    ask: BlobAsk,
+    progress: watch::Sender<Progress>,
+    readers: Mutex<Readers>,
+    wake: Notify,
+}
+
+/// How far a fill is.
+#[derive(Clone, Debug)]
+pub struct Progress {
+    /// Where in its life it is.
+    pub phase: Phase,
+    /// The blob's size in bytes, once known.
+    pub size: Option<u64>,
+    spool: Option<Arc<Spool>>,
+    credential: Option<CredentialId>,
+}
+
+/// The life of a fill.
+#[derive(Clone, Debug)]
+pub enum Phase {
+    /// The upstream was asked and has not answered.
+    Opening,
+    /// Bytes arrive.
+    Filling,
+    /// All bytes are here and hash to the digest.
+    Verified,
+    /// The cache cannot keep this blob: each reader goes on by itself, still verified.
+    Alone(Arc<Alone>),
+    /// It ended without the blob.
+    Failed(FillError),
+}
+
+/// What a request wants of a blob, as far as the fill must know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wish {
+    /// Which bytes.
+    pub range: WishRange,
+    /// Who asks: a second client is a reason to fetch everything.
+    pub client: IpAddr,
+}
+
+/// Which bytes a request wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WishRange {
+    /// Everything, or everything from some offset.
+    Whole,
+    /// Closed or suffix ranges only, of which this is the first.
+    Part(oci::RangeSpec),
+}
+
+#[derive(Debug, Default)]
+struct Readers {
+    seats: Vec<Arc<Aim>>,
+    asked: PieceMap,
+    whole: bool,
+    first_client: Option<IpAddr>,
+    first_part: Option<oci::RangeSpec>,
+    second_client: bool,
+    idle_since: Option<Instant>,
+}
+
+/// One reader's place at a fill; leaving it ends nothing but itself.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    fill: Arc<Fill>,
+    aim: Arc<Aim>,
+}
+
+/// Where a reader is and how far it wants to go.
+#[derive(Debug, Default)]
+struct Aim {
+    position: AtomicU64,
+    end: AtomicU64,
+}
+
+impl Fills {
+    /// No fills yet.
+    pub fn new(store: Store, metrics: Metrics, tasks: Tasks, limits: Connections) -> Self {
+        Self { running: Arc::default(), connections: Arc::default(), limits, store, metrics, tasks }
+    }
+
+    /// The places for connections to an upstream.
+    fn places(&self, upstream: &UpstreamId) -> Arc<Semaphore> {
+        let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        let places = all.entry(upstream.clone()).or_insert_with(|| Arc::new(Semaphore::new(self.limits.per_upstream)));
+        Arc::clone(places)
+    }
+
+    /// A place for one connection, waiting for it.
+    async fn place(&self, upstream: &UpstreamId) -> Option<OwnedSemaphorePermit> {
+        self.places(upstream).acquire_owned().await.ok()
+    }
+
+    /// A place for one connection more, if there is one right now.
+    fn spare_place(&self, upstream: &UpstreamId) -> Option<OwnedSemaphorePermit> {
+        self.places(upstream).try_acquire_owned().ok()
+    }
+}
+
+impl Fill {
+    /// Whose repository leads.
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
+    /// How far it is now.
+    pub fn progress(&self) -> Progress {
+        self.progress.borrow().clone()
+    }
+
+    /// Takes a seat before the size is known.
+    fn join(self: &Arc<Self>, wish: Wish) -> Seat {
+        let aim = Arc::new(Aim::default());
+        let mut readers = self.readers();
+        readers.seats.push(Arc::clone(&aim));
+        readers.idle_since = None;
+        match wish.range {
+            WishRange::Whole => readers.whole = true,
+            WishRange::Part(spec) => readers.first_part = readers.first_part.or(Some(spec)),
+        }
+        readers.second_client |= *readers.first_client.get_or_insert(wish.client) != wish.client;
+        drop(readers);
+        self.wake.notify_one();
+        Seat { fill: Arc::clone(self), aim }
+    }
+
+    /// What readers wait for and whether all is wanted.
+    fn demand(&self, size: u64, spool: &Spool) -> (Vec<Want>, Appetite) {
+        let readers = self.readers();
+        let wants = readers.seats.iter().filter_map(|aim| aim.want(size, spool)).collect();
+        let enough = readers.asked.total() >= size / 4;
+        let whole = size <= plan::SMALL || readers.whole || readers.second_client || enough;
+        (wants, if whole { Appetite::Whole } else { Appetite::Asked })
+    }
+
+    /// The closed range to begin with, when nobody wants the whole.
+    fn first_part(&self) -> Option<oci::RangeSpec> {
+        let readers = self.readers();
+        if readers.whole { None } else { readers.first_part }
+    }
+
+    /// Since when nobody has been reading.
+    fn idle_since(&self) -> Option<Instant> {
+        self.readers().idle_since
+    }
+
+    fn has_readers(&self) -> bool {
+        !self.readers().seats.is_empty()
+    }
+
+    fn readers(&self) -> std::sync::MutexGuard<'_, Readers> {
+        self.readers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells readers that more has arrived.
+    fn announce(&self) {
+        self.progress.send_modify(|_| {});
+    }
+
+    fn set(&self, change: impl FnOnce(&mut Progress)) {
+        self.progress.send_modify(change);
+    }
+}
+
+impl Seat {
+    /// Says which bytes this reader wants, once it knows.
+    fn aim(&self, slice: Slice, whole: bool) {
+        self.aim.position.store(slice.start, Ordering::Relaxed);
+        self.aim.end.store(slice.end, Ordering::Relaxed);
+        let mut readers = self.fill.readers();
+        if whole {
+            readers.whole = true;
+        } else {
+            readers.asked.insert(slice);
+        }
+        drop(readers);
+        self.fill.wake.notify_one();
+    }
+
+    fn advance(&self, position: u64) {
+        self.aim.position.store(position, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut readers = self.fill.readers();
+        readers.seats.retain(|aim| !Arc::ptr_eq(aim, &self.aim));
+        if readers.seats.is_empty() {
+            readers.idle_since = Some(Instant::now());
+        }
+        drop(readers);
+        self.fill.wake.notify_one();
+    }
+}
+
+impl Aim {
+    /// The part of this reader's range that it still waits for.
+    fn want(&self, size: u64, spool: &Spool) -> Option<Want> {
+        let end = self.end.load(Ordering::Relaxed).min(size);
+        let position = spool.reach(self.position.load(Ordering::Relaxed));
+        (position < end).then_some(Want { position, end })
+    }
+}

@@ -1,0 +1,209 @@
+//! One reader of a fill, at its own pace: it waits for *its* bytes, and for the verdict where that is due.
+//!
+//! Whole and open-ended answers get everything but the blob's last chunk at once; that chunk leaves when the digest has matched, so no
+//! client ever completes a wrong blob. Closed ranges leave when their bytes are in, and say that they are unverified.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use oci::Slice;
+use tokio::sync::watch;
+
+use super::direct::DirectReader;
+use super::{Fill, FillError, Fills, Phase, Progress, Seat, Wish};
+use crate::deadline::Deadline;
+use crate::store::span::Span;
+use crate::verdict::Why;
+
+/// The most that is held back until the verdict, in bytes: 64 KiB.
+pub const HELD: u64 = 64 << 10;
+
+/// The longest span handed out at once: 1 MiB.
+const FRAME: u64 = 1 << 20;
+
+/// When a reader's last bytes may leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Release {
+    /// When the digest has matched: whole and open-ended answers.
+    Verified,
+    /// When they are in: closed, suffix and multiple ranges.
+    Arrived,
+}
+
+/// Bytes on their way to a client.
+#[derive(Clone, Debug)]
+pub enum Part {
+    /// In a file.
+    Span(Span),
+    /// In memory: they could not be kept on disk.
+    Memory(Bytes),
+}
+
+/// A reader that does not know yet whether the upstream has the blob.
+#[derive(Debug)]
+pub struct Joined {
+    seat: Seat,
+    fills: Fills,
+    progress: watch::Receiver<Progress>,
+}
+
+/// A fill whose upstream has answered.
+#[derive(Debug)]
+pub struct Open {
+    joined: Joined,
+    size: Option<u64>,
+    bypass: Option<Why>,
+}
+
+/// Reads one range of a fill.
+#[derive(Debug)]
+pub struct Tail {
+    joined: Joined,
+    position: u64,
+    end: Option<u64>,
+    release: Release,
+    direct: Option<Box<DirectReader>>,
+}
+
+/// What a reader should do next.
+enum Next {
+    Span(Slice),
+    Wait,
+    Done,
+    GoAlone(Arc<super::Alone>),
+    Fail(FillError),
+}
+
+impl Joined {
+    pub(super) fn new(fills: &Fills, fill: &Arc<Fill>, wish: Wish) -> Self {
+        Self { seat: fill.join(wish), fills: fills.clone(), progress: fill.progress.subscribe() }
+    }
+
+    /// Waits for the upstream's answer, at most until `deadline` (then `None`). The outer error is the fill's.
+    pub async fn open(mut self, deadline: Deadline) -> Result<Option<Open>, FillError> {
+        let answered = |progress: &Progress| !matches!(progress.phase, Phase::Opening);
+        let answer = match deadline.run(self.progress.wait_for(answered)).await {
+            Err(_late) => return Ok(None),
+            Ok(Err(_gone)) => return Err(FillError::Stopping),
+            Ok(Ok(progress)) => progress.clone(),
+        };
+        let bypass = match answer.phase {
+            Phase::Failed(error) => return Err(error),
+            Phase::Alone(alone) => Some(alone.why()),
+            Phase::Opening | Phase::Filling | Phase::Verified => None,
+        };
+        Ok(Some(Open { joined: self, size: answer.size, bypass }))
+    }
+}
+
+impl Open {
+    /// The blob's size in bytes, if the upstream told.
+    pub fn size(&self) -> Option<u64> {
+        self.size
+    }
+
+    /// Why nothing is kept, if nothing is.
+    pub fn bypass(&self) -> Option<Why> {
+        self.bypass
+    }
+
+    /// Whether the digest has matched already.
+    pub fn is_verified(&self) -> bool {
+        matches!(self.joined.progress.borrow().phase, Phase::Verified)
+    }
+
+    /// Reads `slice`, or everything when the size is not known.
+    pub fn read(self, slice: Option<Slice>, release: Release) -> Tail {
+        let end = slice.map(|slice| slice.end).or(self.size);
+        let position = slice.map_or(0, |slice| slice.start);
+        let aimed = Slice { start: position, end: end.unwrap_or(u64::MAX) };
+        self.joined.seat.aim(aimed, release == Release::Verified);
+        Tail { joined: self.joined, position, end, release, direct: None }
+    }
+
+    /// Reads several slices one after the other, in the order given.
+    pub fn again(&self, wish: Wish) -> Self {
+        let joined = Joined::new(&self.joined.fills, &self.joined.seat.fill, wish);
+        Self { joined, size: self.size, bypass: self.bypass }
+    }
+}
+
+impl Tail {
+    /// The next bytes; `None` when all have been given.
+    pub async fn next(&mut self) -> Result<Option<Part>, FillError> {
+        loop {
+            if let Some(direct) = self.direct.as_mut() {
+                return Ok(direct.next().await?.map(Part::Memory));
+            }
+            let progress = self.joined.progress.borrow_and_update().clone();
+            match self.look(&progress) {
+                Next::Done => return Ok(None),
+                Next::Fail(error) => return Err(error),
+                Next::Span(slice) => return Ok(self.take(&progress, slice)),
+                Next::GoAlone(alone) => self.direct = Some(self.go_alone(&alone).await?),
+                Next::Wait => {
+                    self.joined.progress.changed().await.map_err(|_gone| FillError::Stopping)?;
+                }
+            }
+        }
+    }
+
+    /// Waits until the next call of [`Tail::next`] would not wait: for answers of length zero, whose verdict must come before their
+    /// headers.
+    pub async fn settled(&mut self) -> Result<(), FillError> {
+        let decided = |progress: &Progress| !matches!(progress.phase, Phase::Opening | Phase::Filling);
+        let progress = self.joined.progress.wait_for(decided).await.map_err(|_gone| FillError::Stopping)?.clone();
+        match progress.phase {
+            Phase::Failed(error) => Err(error),
+            Phase::Opening | Phase::Filling | Phase::Verified | Phase::Alone(_) => Ok(()),
+        }
+    }
+
+    fn look(&self, progress: &Progress) -> Next {
+        let end = self.end.or(progress.size.filter(|_| matches!(progress.phase, Phase::Verified)));
+        match &progress.phase {
+            Phase::Failed(error) => return Next::Fail(error.clone()),
+            Phase::Alone(alone) if self.unfinished(end) => return Next::GoAlone(Arc::clone(alone)),
+            Phase::Opening => return Next::Wait,
+            Phase::Filling | Phase::Verified | Phase::Alone(_) => {}
+        }
+        if !self.unfinished(end) && (self.release == Release::Arrived || matches!(progress.phase, Phase::Verified)) {
+            return Next::Done;
+        }
+        let Some(spool) = &progress.spool else { return Next::Wait };
+        let here = self.released(progress, spool.reach(self.position), end);
+        if here > self.position {
+            Next::Span(Slice { start: self.position, end: here.min(self.position + FRAME) })
+        } else {
+            Next::Wait
+        }
+    }
+
+    fn unfinished(&self, end: Option<u64>) -> bool {
+        end.is_none_or(|end| self.position < end)
+    }
+
+    /// How far this reader may go, given that bytes up to `reach` have arrived.
+    fn released(&self, progress: &Progress, reach: u64, end: Option<u64>) -> u64 {
+        let wanted = end.map_or(reach, |end| reach.min(end));
+        if self.release == Release::Arrived || matches!(progress.phase, Phase::Verified) {
+            return wanted;
+        }
+        let size = progress.size.unwrap_or(reach);
+        wanted.min(size.saturating_sub(HELD))
+    }
+
+    fn take(&mut self, progress: &Progress, slice: Slice) -> Option<Part> {
+        let span = progress.spool.as_ref()?.span(slice);
+        self.position = slice.end;
+        self.joined.seat.advance(slice.end);
+        Some(Part::Span(span))
+    }
+
+    async fn go_alone(&self, alone: &Arc<super::Alone>) -> Result<Box<DirectReader>, FillError> {
+        let fills = &self.joined.fills;
+        let fill = &self.joined.seat.fill;
+        let rest = (self.position, self.end);
+        Ok(Box::new(alone.reader(fills, fill, rest, self.release).await?))
+    }
+}

@@ -1,0 +1,119 @@
+//! How many connections one blob should use, found by measuring.
+//!
+//! One connection is the rule. When it is clearly the limit (the rest would take seconds) another is tried, and more while each step
+//! brings clearly more bytes a second. A transfer that pauses is left alone: a pause says nothing about what more connections would bring.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// How long one measurement lasts.
+const WINDOW: Duration = Duration::from_millis(500);
+
+/// A rest that comes within this time is not worth another connection.
+const SOON: u64 = 2;
+
+/// The measure of one transfer.
+#[derive(Debug)]
+pub(super) struct Pace {
+    share: usize,
+    growing: bool,
+    window: Instant,
+    bytes: u64,
+    before: u64,
+    tick: Instant,
+}
+
+impl Pace {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { share: 1, growing: true, window: now, bytes: 0, before: 0, tick: now }
+    }
+
+    /// Connections to use.
+    pub(super) fn share(&self) -> usize {
+        self.share
+    }
+
+    /// When to look again.
+    pub(super) fn next_tick(&mut self, every: Duration) -> Instant {
+        let now = Instant::now();
+        if self.tick <= now {
+            self.tick = now + every;
+        }
+        self.tick
+    }
+
+    /// An upstream refused a connection: no more than `working` from now on.
+    pub(super) fn shrink(&mut self, working: usize) {
+        self.share = working.max(1);
+        self.growing = false;
+    }
+
+    /// Looks at how many bytes have arrived in all, and how many are missing.
+    pub(super) fn measure(&mut self, now: Instant, arrived: u64, missing: u64) {
+        let elapsed = now.saturating_duration_since(self.window);
+        if elapsed < WINDOW {
+            return;
+        }
+        let came = arrived.saturating_sub(self.bytes);
+        let rate = came * 1000 / u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX).max(1);
+        self.window = now;
+        self.bytes = arrived;
+        if rate == 0 || !self.growing || missing / rate < SOON {
+            self.before = rate;
+            return;
+        }
+        let first = self.share == 1;
+        if first && self.before == 0 {
+            // The first window holds connection set-up and slow start; the second one tells.
+            self.before = rate;
+        } else if first || rate > self.before + self.before / 4 {
+            self.before = rate;
+            self.share *= 2;
+        } else {
+            self.growing = false;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// Runs windows with a rate that depends on the connections used; returns the connections after each.
+    fn shares(windows: usize, size: u64, rate: impl Fn(usize) -> u64) -> Vec<usize> {
+        let mut now = Instant::now();
+        let mut pace = Pace::new(now);
+        let mut arrived = 0;
+        (0..windows)
+            .map(|_| {
+                now += WINDOW;
+                arrived += rate(pace.share()) / 2;
+                pace.measure(now, arrived, size - arrived);
+                pace.share()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn grows_while_it_helps() {
+        assert_eq!(shares(5, 1000 * MIB, |n| 20 * MIB * n as u64), [1, 2, 4, 8, 16]);
+    }
+
+    #[test]
+    fn stops_when_it_does_not() {
+        assert_eq!(shares(5, 1000 * MIB, |_| 20 * MIB), [1, 2, 2, 2, 2]);
+    }
+
+    #[test]
+    fn a_fast_transfer_is_left_alone() {
+        assert_eq!(shares(1, 600 * MIB, |_| 1000 * MIB), [1]);
+    }
+
+    #[test]
+    fn a_pause_is_left_alone() {
+        assert_eq!(shares(4, 1000 * MIB, |_| 0), [1, 1, 1, 1]);
+    }
+}

@@ -1,0 +1,226 @@
+//! From a request to a route, a grant, and the file that answers.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use hyper::http::request::Parts;
+use hyper::{Method, Response};
+use oci::{ErrorCode, NamePath, Route, Target};
+
+use super::body::Body;
+use super::failure;
+use super::listen::Handler;
+use super::observe::Outcome;
+use super::problem::Problem;
+use super::{blob, listing, manifest};
+use crate::cache::Cache;
+use crate::deadline::Deadline;
+use crate::policy::{Client, Grant, Names, admit};
+use crate::verdict::{Assurance, Verdict};
+
+/// Docker before 1.10 looks for this; nobody minds it.
+const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
+
+/// The specification's mark that `ns` was understood.
+const OCI_NAMESPACE: HeaderName = HeaderName::from_static("oci-namespace");
+
+/// RFC 9211.
+const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
+
+/// Answers paths that are not the registry's: health.
+pub type Aside = Box<dyn Fn(&str) -> Option<Response<Body>> + Send + Sync>;
+
+/// Answers clients.
+pub struct Registry {
+    cache: Cache,
+    names: Names,
+    aside: Aside,
+}
+
+/// A request for something of a repository that its client may ask for.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// What may be asked.
+    pub grant: Grant,
+    /// The request line and headers.
+    pub parts: &'a Parts,
+    /// By when the answer's headers must have left.
+    pub deadline: Deadline,
+    /// The cache.
+    pub cache: &'a Cache,
+}
+
+/// An answer and what the cache did for it.
+#[derive(Debug)]
+pub struct Answer {
+    /// Status, headers and body.
+    pub response: Response<Body>,
+    /// What the cache did.
+    pub verdict: Verdict,
+    /// Whether all bytes of it are known to be right.
+    pub assurance: Assurance,
+}
+
+impl Registry {
+    /// Answers from `cache`, by `names`; `aside` answers what lies outside the registry's API.
+    pub fn new(cache: Cache, names: Names, aside: Aside) -> Self {
+        Self { cache, names, aside }
+    }
+
+    async fn answer(&self, parts: &Parts, peer: SocketAddr) -> Response<Body> {
+        if parts.method != Method::GET && parts.method != Method::HEAD {
+            return refused(Problem::method_not_allowed(), "other");
+        }
+        if let Some(response) = (self.aside)(parts.uri.path()) {
+            return with_outcome(response, Outcome::none("health"));
+        }
+        match Route::parse(parts.uri.path(), parts.uri.query()) {
+            Ok(route) => self.routed(route, parts, peer).await,
+            Err(error) => refused(failure::of_route(&error), "other"),
+        }
+    }
+
+    async fn routed(&self, route: Route, parts: &Parts, peer: SocketAddr) -> Response<Body> {
+        let kind = kind(&route.target);
+        let Some(name) = name(&route.target) else {
+            return match route.target {
+                Target::Base => with_outcome(base(), Outcome::none(kind)),
+                _ => refused(Problem::not_found(ErrorCode::Unsupported, "the catalog is not served"), kind),
+            };
+        };
+        let resolved = match self.names.resolve(route.prefix.as_deref(), name, route.namespace.as_deref()) {
+            Ok(resolved) => resolved,
+            Err(unknown) => return refused(failure::of_name(&unknown), kind),
+        };
+        let client = Client { address: peer.ip() };
+        let upstream = resolved.upstream.clone();
+        let request = Request {
+            grant: admit(client, resolved.upstream, resolved.repository),
+            parts,
+            deadline: Deadline::for_answer(),
+            cache: &self.cache,
+        };
+        let answer = match request.answer(&route).await {
+            Ok(answer) => answer,
+            Err(problem) => Answer::refusal(failure::jittered(problem, peer.port())),
+        };
+        let outcome =
+            Outcome { verdict: answer.verdict, kind, upstream: Some(upstream.clone()), assurance: answer.assurance };
+        let mut response = with_outcome(answer.response, outcome);
+        if route.namespace.is_some()
+            && let Ok(namespace) = HeaderValue::from_str(upstream.as_str())
+        {
+            response.headers_mut().insert(OCI_NAMESPACE, namespace);
+        }
+        response
+    }
+}
+
+impl Request<'_> {
+    async fn answer(&self, route: &Route) -> Result<Answer, Problem> {
+        match &route.target {
+            Target::Manifest { reference, .. } => manifest::answer(self, reference).await,
+            Target::Blob { digest, .. } => Box::pin(blob::answer(self, digest)).await,
+            Target::Tags { page, .. } => listing::tags(self, route, page).await,
+            Target::Referrers { digest, artifact_type, page, .. } => {
+                listing::referrers(self, route, (digest, artifact_type.as_deref(), page)).await
+            }
+            Target::Base | Target::Catalog { .. } => Ok(Answer::plain(base())),
+        }
+    }
+
+    /// All values of a header, joined as one list (RFC 9110 section 5.3): podman sends six `Accept` lines.
+    pub fn joined(&self, name: &HeaderName) -> Option<String> {
+        let mut values = self.values(name).peekable();
+        values.peek()?;
+        Some(values.collect::<Vec<_>>().join(", "))
+    }
+
+    /// All values of a header that are text.
+    pub fn values(&self, name: &HeaderName) -> impl Iterator<Item = &str> {
+        self.parts.headers.get_all(name).iter().filter_map(|value| value.to_str().ok())
+    }
+
+    /// Whether no body is wanted.
+    pub fn is_head(&self) -> bool {
+        self.parts.method == Method::HEAD
+    }
+}
+
+impl Answer {
+    /// An answer of verified bytes.
+    pub fn new(response: Response<Body>, verdict: Verdict) -> Self {
+        Self { response, verdict, assurance: Assurance::Verified }
+    }
+
+    fn plain(response: Response<Body>) -> Self {
+        Self::new(response, Verdict::None)
+    }
+
+    fn refusal(problem: Problem) -> Self {
+        Self::plain(problem.into_response())
+    }
+}
+
+impl Handler for Registry {
+    async fn handle(&self, request: Parts, peer: SocketAddr) -> Response<Body> {
+        let mut response = self.answer(&request, peer).await;
+        let headers = response.headers_mut();
+        headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        headers.insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
+        response
+    }
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Registry").field("names", &self.names).finish_non_exhaustive()
+    }
+}
+
+/// Sets a header whose value we made ourselves; a value that is no header text is left out.
+pub fn set(headers: &mut HeaderMap, name: HeaderName, value: &str) {
+    if let Ok(value) = HeaderValue::from_str(value) {
+        headers.insert(name, value);
+    }
+}
+
+fn base() -> Response<Body> {
+    let mut response = Response::new(Body::memory("{}"));
+    set(response.headers_mut(), CONTENT_TYPE, "application/json");
+    response
+}
+
+fn refused(problem: Problem, kind: &'static str) -> Response<Body> {
+    with_outcome(problem.into_response(), Outcome::none(kind))
+}
+
+fn with_outcome(mut response: Response<Body>, outcome: Outcome) -> Response<Body> {
+    if let Some(status) = outcome.verdict.cache_status(outcome.assurance) {
+        set(response.headers_mut(), CACHE_STATUS, &status);
+    }
+    response.extensions_mut().insert(outcome);
+    response
+}
+
+fn kind(target: &Target) -> &'static str {
+    match target {
+        Target::Base => "base",
+        Target::Manifest { .. } => "manifest",
+        Target::Blob { .. } => "blob",
+        Target::Tags { .. } => "tags",
+        Target::Referrers { .. } => "referrers",
+        Target::Catalog { .. } => "catalog",
+    }
+}
+
+fn name(target: &Target) -> Option<&NamePath> {
+    match target {
+        Target::Manifest { name, .. }
+        | Target::Blob { name, .. }
+        | Target::Tags { name, .. }
+        | Target::Referrers { name, .. } => Some(name),
+        Target::Base | Target::Catalog { .. } => None,
+    }
+}

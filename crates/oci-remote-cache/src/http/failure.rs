@@ -1,0 +1,103 @@
+//! Every failure of the floors below, turned into the answer a client gets: one exhaustive match for each.
+//!
+//! Which status matters to clients: containerd retries 503 and never 502; Docker stops on DENIED and prints a hint to log in; a
+//! forwarded 401 would make a client send us its credentials, so there is none.
+
+use std::time::Duration;
+
+use oci::{ErrorCode, ManifestError, RouteError};
+
+use super::problem::{Problem, Status};
+use crate::cache::{CacheError, Fault, FillError, Thing, UpstreamError};
+use crate::policy::Unknown;
+
+/// What clients are told to wait when nobody told us.
+const SOON: Duration = Duration::from_secs(5);
+
+/// Retry-After values are spread over this many seconds, so that a herd does not come back as one.
+const SPREAD: u64 = 5;
+
+/// A path that is no route.
+pub fn of_route(error: &RouteError) -> Problem {
+    let status = if error.status() == 400 { Status::BadRequest } else { Status::NotFound };
+    Problem::new(status, error.code(), error.to_string())
+}
+
+/// A name that leads nowhere.
+pub fn of_name(unknown: &Unknown) -> Problem {
+    let message = unknown.to_string();
+    match unknown {
+        Unknown::Upstream { .. } | Unknown::NoRepository(_) | Unknown::NoDefault(_) => {
+            Problem::not_found(ErrorCode::NameUnknown, message)
+        }
+        Unknown::Illegal(_) => Problem::bad_request(ErrorCode::NameInvalid, message),
+    }
+}
+
+/// The cache has no answer.
+pub fn of_cache(error: &CacheError) -> Problem {
+    let message = error.to_string();
+    match error {
+        CacheError::Unknown { thing, .. } => Problem::not_found(code_of(*thing), message),
+        CacheError::Denied { .. } => Problem::denied(message),
+        CacheError::Upstream(error) => of_upstream(error),
+        CacheError::Fill(error) => of_fill(error),
+        CacheError::BadManifest { why: ManifestError::Schema1, .. } => {
+            Problem::not_found(ErrorCode::ManifestUnknown, message)
+        }
+        CacheError::BadManifest { .. } | CacheError::WrongDigest { .. } => {
+            Problem::bad_gateway(ErrorCode::ManifestInvalid, message)
+        }
+        CacheError::Late => Problem::gateway_timeout(message),
+        CacheError::Stopping | CacheError::Disk => Problem::unavailable(message, SOON),
+    }
+}
+
+fn of_fill(error: &FillError) -> Problem {
+    match error {
+        FillError::Upstream(error) => of_upstream(error),
+        FillError::Mismatch { .. } => Problem::bad_gateway(ErrorCode::BlobUnknown, error.to_string()),
+        FillError::Pieces(_) | FillError::Parked | FillError::Stopping => {
+            Problem::unavailable(error.to_string(), Duration::from_secs(1))
+        }
+    }
+}
+
+fn of_upstream(error: &UpstreamError) -> Problem {
+    let message = error.to_string();
+    match error.fault() {
+        Fault::NotFound { .. } => Problem::not_found(ErrorCode::NameUnknown, message),
+        Fault::Denied { .. } => Problem::denied(message),
+        Fault::RateLimited { retry_after } => Problem::too_many_requests(message, *retry_after),
+        Fault::BreakerOpen { retry_after } => Problem::unavailable(message, *retry_after),
+        Fault::Late | Fault::Stalled => Problem::gateway_timeout(message),
+        Fault::Connect(_) | Fault::Broken(_) | Fault::TokenFailed(_) => Problem::unavailable(message, SOON),
+        Fault::Status(status) if *status >= 500 => Problem::unavailable(message, SOON),
+        Fault::Status(_)
+        | Fault::RangeRefused
+        | Fault::Expired
+        | Fault::BadRedirect(_)
+        | Fault::Forbidden(_)
+        | Fault::TooLarge
+        | Fault::Encoded(_) => Problem::bad_gateway(ErrorCode::Unavailable, message),
+    }
+}
+
+fn code_of(thing: Thing) -> ErrorCode {
+    match thing {
+        Thing::Manifest | Thing::Referrers => ErrorCode::ManifestUnknown,
+        Thing::Blob => ErrorCode::BlobUnknown,
+        Thing::Tags => ErrorCode::NameUnknown,
+    }
+}
+
+/// Spreads a problem's Retry-After by the client's port, which differs from connection to connection.
+pub fn jittered(problem: Problem, port: u16) -> Problem {
+    match problem.wait() {
+        Some(wait) => {
+            let later = Duration::from_secs(u64::from(port) % SPREAD);
+            problem.retry_after((wait + later).clamp(Duration::from_secs(1), Duration::from_secs(300)))
+        }
+        None => problem,
+    }
+}

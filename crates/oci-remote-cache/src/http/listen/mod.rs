@@ -1,0 +1,253 @@
+//! The listeners: sockets in, requests to a [`Handler`], answers out, until the process stops.
+//!
+//! What every request and answer needs, whoever answers it, is done on the way (`hygiene`), and each request is followed to its last byte
+//! (`observe`).
+
+mod hygiene;
+mod socket;
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hyper::body::Incoming;
+use hyper::http::request::Parts;
+use hyper::{Request, Response};
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::body::Body;
+use super::observe::{Audience, Chain, Observer};
+use super::sendfile::{self, Patience};
+use crate::metrics::Metrics;
+use crate::tasks::Tasks;
+use hygiene::{Ending, finish, refusal};
+pub use socket::{BindError, Listener, connection_limit, raise_open_files};
+
+/// How long accept rests after it failed: without free descriptors it would fail again at once.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
+
+/// A complaint that clients can cause is logged once in so long.
+const SELDOM: Duration = Duration::from_mins(1);
+
+/// First byte of a TLS handshake record.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// What a listener allows its clients.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections open at once; further ones wait to be accepted.
+    pub connections: usize,
+    /// How long a connection waits for its client.
+    pub patience: Patience,
+}
+
+/// Answers requests.
+pub trait Handler: Send + Sync + 'static {
+    /// The answer to `request`, whose body, if it has one, is never read.
+    ///
+    /// For HEAD either the body that GET would have, or an empty one beside a `Content-Length` header.
+    fn handle(
+        &self,
+        request: Parts,
+        peer: SocketAddr,
+    ) -> impl Future<Output = Response<Body>> + Send;
+
+    /// Whose requests these are.
+    fn audience(&self) -> Audience {
+        Audience::Clients
+    }
+}
+
+/// A listener at work.
+struct Server<H> {
+    handler: Arc<H>,
+    observer: Arc<Observer>,
+    patience: Patience,
+    tasks: Tasks,
+    accept_failed: Seldom,
+    tls_spoken: Seldom,
+}
+
+/// Lets one of many equal complaints through.
+#[derive(Debug, Default)]
+struct Seldom {
+    last: Mutex<Option<Instant>>,
+}
+
+/// A connection in the table: holds its place, and is counted.
+struct Place {
+    _permit: OwnedSemaphorePermit,
+    open: Option<Gauge>,
+}
+
+impl Limits {
+    /// So many connections, with the usual patience.
+    pub fn new(connections: usize) -> Self {
+        Self {
+            connections,
+            patience: Patience::default(),
+        }
+    }
+}
+
+/// Accepts connections until the process stops, then waits until those open have given the answers under way.
+pub async fn serve<H: Handler>(
+    listener: Listener,
+    handler: Arc<H>,
+    limits: Limits,
+    tasks: Tasks,
+    metrics: Metrics,
+) -> io::Result<()> {
+    let (what, address) = (listener.what(), listener.local_addr());
+    let socket = listener.into_tokio()?;
+    let observer = Observer::new(metrics, handler.audience());
+    let server = Arc::new(Server {
+        handler,
+        observer: Arc::new(observer),
+        patience: limits.patience,
+        tasks: tasks.clone(),
+        accept_failed: Seldom::default(),
+        tls_spoken: Seldom::default(),
+    });
+    let places = Arc::new(Semaphore::new(limits.connections));
+    info!(%address, what, "listening");
+    tokio::select! {
+        () = tasks.stopping() => {}
+        never = server.accept(&socket, &places) => match never {},
+    }
+    drop(socket);
+    // Every place is back when every connection has ended.
+    let all = u32::try_from(limits.connections).unwrap_or(u32::MAX);
+    drop(places.acquire_many(all).await);
+    debug!(%address, what, "all connections are closed");
+    Ok(())
+}
+
+impl<H: Handler> Server<H> {
+    async fn accept(
+        self: &Arc<Self>,
+        socket: &tokio::net::TcpListener,
+        places: &Arc<Semaphore>,
+    ) -> Infallible {
+        loop {
+            // The place first: with a full table new connections stay in the kernel's queue.
+            let Ok(permit) = Arc::clone(places).acquire_owned().await else {
+                return std::future::pending().await;
+            };
+            match socket.accept().await {
+                Ok((stream, peer)) => {
+                    let connection = Arc::clone(self).connection(stream, peer, permit);
+                    drop(self.tasks.spawn(connection));
+                }
+                Err(e) => self.rest(&e).await,
+            }
+        }
+    }
+
+    async fn rest(&self, error: &io::Error) {
+        if error.kind() == io::ErrorKind::ConnectionAborted {
+            // That client left while it was queued; the next one may be accepted.
+            return;
+        }
+        if self.accept_failed.is_due() {
+            warn!(%error, "cannot accept a connection; waiting for open ones to end");
+        }
+        tokio::time::sleep(ACCEPT_REST).await;
+    }
+
+    async fn connection(
+        self: Arc<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+        permit: OwnedSemaphorePermit,
+    ) {
+        let place = Place::taken(permit, self.observer.counted());
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        // Without it the end of each answer would wait for the client's acknowledgement.
+        if let Err(error) = stream.set_nodelay(true) {
+            debug!(%peer, %error, "the connection is gone");
+            return;
+        }
+        if self.speaks_tls(&stream).await && self.tls_spoken.is_due() {
+            warn!(
+                %peer,
+                "a client speaks TLS to this plain HTTP port. Tell it to use HTTP: podman and skopeo --tls-verify=false, Docker \
+                 insecure-registries, containerd an http:// URL in hosts.toml"
+            );
+        }
+        let answer = |request| self.answer(request, peer);
+        let stopping = self.tasks.stopping();
+        let served = sendfile::serve(stream, self.patience, stopping, answer).await;
+        if let Err(error) = served {
+            debug!(%peer, error = %Chain(&error), "the connection ended with an error");
+        }
+        drop(place);
+    }
+
+    /// Whether the client's first byte begins a TLS handshake.
+    ///
+    /// The bytes stay for hyper to refuse, in plain HTTP: from that Go's clients (containerd among them, for localhost) see that they
+    /// should speak HTTP.
+    async fn speaks_tls(&self, stream: &TcpStream) -> bool {
+        let mut first = [0];
+        let peek = stream.peek(&mut first);
+        let peeked = tokio::select! {
+            peeked = tokio::time::timeout(self.patience.head, peek) => peeked,
+            () = self.tasks.stopping() => return false,
+        };
+        matches!(peeked, Ok(Ok(1))) && first == [TLS_HANDSHAKE]
+    }
+
+    async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Body> {
+        let (request, body) = request.into_parts();
+        let access = self.observer.arrived(&request, peer);
+        let ending = Ending::of(&request, &body);
+        // hyper takes it as a sign that the body is not wanted, and does not ask the client to send it.
+        drop(body);
+        let method = request.method.clone();
+        let response = match refusal(&request) {
+            Some(problem) => problem.into_response(),
+            None => self.handler.handle(request, peer).await,
+        };
+        access.answered(finish(response, &method, ending))
+    }
+}
+
+impl Place {
+    fn taken(permit: OwnedSemaphorePermit, metrics: Option<&Metrics>) -> Self {
+        let open = metrics.map(|metrics| metrics.connections.clone());
+        if let Some(open) = &open {
+            open.inc();
+        }
+        Self {
+            _permit: permit,
+            open,
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(open) = &self.open {
+            open.dec();
+        }
+    }
+}
+
+impl Seldom {
+    fn is_due(&self) -> bool {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_some_and(|last| last.elapsed() < SELDOM) {
+            return false;
+        }
+        *last = Some(Instant::now());
+        true
+    }
+}

@@ -1,0 +1,217 @@
+//! The process's counters and gauges, in OpenMetrics text.
+//!
+//! Labels come from closed sets only (configured upstream keys, our own enums, status codes): repository names and digests never
+//! become labels, for they are fed from outside and would grow without bound.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::{EncodeLabelSet, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::verdict::{Verdict, Why};
+
+/// What an answer to a client is counted under.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RequestLabels {
+    /// `manifest`, `blob`, `tags`, `referrers`, `base` or `other`.
+    pub kind: &'static str,
+    /// The upstream's key; empty where none was named.
+    pub upstream: String,
+    /// The verdict's word.
+    pub verdict: &'static str,
+    /// HTTP status.
+    pub status: u16,
+}
+
+/// What an exchange with an upstream is counted under.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct UpstreamLabels {
+    /// The upstream's key.
+    pub upstream: String,
+    /// `manifest`, `blob`, `tags`, `referrers`, `ping` or `token`.
+    pub kind: &'static str,
+    /// HTTP status, or the class of failure where there was no answer.
+    pub outcome: String,
+}
+
+/// An upstream by its key.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct UpstreamLabel {
+    /// The upstream's key.
+    pub upstream: String,
+}
+
+/// A reason out of a closed set.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct WhyLabel {
+    /// The reason's word.
+    pub why: &'static str,
+}
+
+/// How a fill ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct OutcomeLabel {
+    /// `published`, `failed`, `mismatch`, `parked` or `detached`.
+    pub outcome: &'static str,
+}
+
+/// All metrics. Clones share them.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    registry: Arc<Registry>,
+    /// Answers given to clients.
+    pub requests: Family<RequestLabels, Counter>,
+    /// Body bytes handed to clients' connections.
+    pub served_bytes: Counter,
+    /// Requests sent to upstreams, token endpoints included.
+    pub upstream_requests: Family<UpstreamLabels, Counter>,
+    /// Body bytes read from upstreams.
+    pub upstream_bytes: Family<UpstreamLabel, Counter>,
+    /// Requests an upstream says are left before its rate limit.
+    pub rate_remaining: Family<UpstreamLabel, Gauge>,
+    /// Fills in flight.
+    pub fills: Gauge,
+    /// Fills that ended.
+    pub fills_ended: Family<OutcomeLabel, Counter>,
+    /// Answers served past their age.
+    pub stale: Family<WhyLabel, Counter>,
+    /// Answers passed through without being kept.
+    pub bypassed: Family<WhyLabel, Counter>,
+    /// Failures of the cache's own disk or catalog.
+    pub store_faults: Counter,
+    /// Bytes of blobs, spools and parked pieces.
+    pub stored_bytes: Gauge,
+    /// Blobs stored.
+    pub stored_blobs: Gauge,
+    /// Blobs evicted to keep `cache.max_size`.
+    pub evicted: Counter,
+    /// Client connections open.
+    pub connections: Gauge,
+    /// Descriptors of the process that may be used for connections.
+    pub max_connections: Gauge<u64, AtomicU64>,
+}
+
+impl Metrics {
+    /// All metrics at zero.
+    pub fn new() -> Self {
+        let mut registry = Registry::with_prefix("oci_remote_cache");
+        let r = &mut registry;
+        Self {
+            requests: counter(r, "requests", "Answers given to clients"),
+            served_bytes: bytes(r, "served", "Body bytes handed to clients"),
+            upstream_requests: counter(
+                r,
+                "upstream_requests",
+                "Requests sent to upstreams, token endpoints included",
+            ),
+            upstream_bytes: bytes(r, "upstream", "Body bytes read from upstreams"),
+            rate_remaining: gauge(
+                r,
+                "upstream_ratelimit_remaining",
+                "Requests left before the upstream's rate limit",
+            ),
+            fills: gauge(r, "fills", "Blob fetches in flight"),
+            fills_ended: counter(r, "fills_ended", "Blob fetches that ended"),
+            stale: counter(r, "stale", "Answers served past their age"),
+            bypassed: counter(r, "bypassed", "Answers passed through without being kept"),
+            store_faults: counter(
+                r,
+                "store_faults",
+                "Failures of the cache's own disk or catalog",
+            ),
+            stored_bytes: gauge(
+                r,
+                "stored_bytes",
+                "Bytes of blobs, spools and parked pieces",
+            ),
+            stored_blobs: gauge(r, "stored_blobs", "Blobs stored"),
+            evicted: counter(r, "evicted", "Blobs evicted to keep the size limit"),
+            connections: gauge(r, "connections", "Client connections open"),
+            max_connections: gauge(r, "connections_limit", "Client connections allowed"),
+            registry: Arc::new(registry),
+        }
+    }
+
+    /// The OpenMetrics text of `/metrics`.
+    pub fn render(&self) -> String {
+        let mut out = String::new();
+        // Writing to a String cannot fail.
+        text::encode(&mut out, &self.registry).ok();
+        out
+    }
+
+    /// Counts an answer that was stale or passed through.
+    pub fn verdict(&self, verdict: Verdict) {
+        match verdict {
+            Verdict::Stale(why) => drop(self.stale.get_or_create(&WhyLabel::of(why)).inc()),
+            Verdict::Bypass(why) => drop(self.bypassed.get_or_create(&WhyLabel::of(why)).inc()),
+            Verdict::Hit
+            | Verdict::Miss
+            | Verdict::Collapsed
+            | Verdict::Revalidated
+            | Verdict::None => {}
+        }
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl WhyLabel {
+    fn of(why: Why) -> Self {
+        Self { why: why.as_str() }
+    }
+}
+
+fn counter<M>(registry: &mut Registry, name: &str, help: &str) -> M
+where
+    M: prometheus_client::registry::Metric + Clone + Default,
+{
+    let metric = M::default();
+    registry.register(name, help, metric.clone());
+    metric
+}
+
+fn gauge<M>(registry: &mut Registry, name: &str, help: &str) -> M
+where
+    M: prometheus_client::registry::Metric + Clone + Default,
+{
+    counter(registry, name, help)
+}
+
+fn bytes<M>(registry: &mut Registry, name: &str, help: &str) -> M
+where
+    M: prometheus_client::registry::Metric + Clone + Default,
+{
+    let metric = M::default();
+    registry.register_with_unit(name, help, Unit::Bytes, metric.clone());
+    metric
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Metrics, RequestLabels};
+
+    #[test]
+    fn counts_show_in_the_text() {
+        let metrics = Metrics::new();
+        let labels = RequestLabels {
+            kind: "blob",
+            upstream: "docker.io".into(),
+            verdict: "hit",
+            status: 200,
+        };
+        metrics.requests.get_or_create(&labels).inc();
+        let text = metrics.render();
+        let line = r#"oci_remote_cache_requests_total{kind="blob",upstream="docker.io",verdict="hit",status="200"} 1"#;
+        assert!(text.contains(line), "{text}");
+        assert!(text.ends_with("# EOF\n"));
+    }
+}

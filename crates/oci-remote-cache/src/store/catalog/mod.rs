@@ -1,0 +1,477 @@
+//! What the blob files cannot say: who may read them, which tags name them, of what type they are, when they were used.
+//!
+//! The files are the truth for bytes. A lost catalog loses none of them: it is rebuilt from the files and the upstreams. Kept in SQLite in
+//! WAL mode with `synchronous = NORMAL`: a commit is an append without fsync, survives a kill, and after a power loss at most the last
+//! records are gone. One thread writes and gathers what is queued into one commit; reads go beside it, one indexed look each.
+//!
+//! Which credential may read what is not decided here, only remembered.
+
+mod read;
+mod schema;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashSet;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use quick_cache::sync::Cache;
+use rusqlite::Connection;
+use tokio::sync::{mpsc, oneshot};
+
+use oci::{Digest, MediaType, Tag};
+
+use self::read::Readers;
+use self::schema::Place;
+use self::writer::{Job, Writer};
+use super::error::{Cause, StoreError};
+use super::publish::FileIdentity;
+use crate::clock::Timestamp;
+use crate::metrics::Metrics;
+use crate::names::{CredentialId, Source};
+
+/// Jobs that may wait for the writer before those who write must wait too.
+const QUEUE: usize = 1024;
+
+/// Memberships kept in memory in front of the database.
+const RIGHTS_IN_MEMORY: usize = 16_384;
+
+/// Sizes learned from manifests that are kept in memory.
+const SIZES_IN_MEMORY: usize = 16_384;
+
+/// The catalog. Clones share it.
+#[derive(Clone)]
+pub struct Catalog {
+    inner: Arc<Inner>,
+}
+
+/// Where a catalog is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keeping {
+    /// In its file.
+    OnDisk,
+    /// In memory, starting from what can be read of the file: for a folder that cannot be written.
+    InMemory,
+}
+
+/// A blob file that was published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlobRecord {
+    /// Its name.
+    pub digest: Digest,
+    /// What the file was like when it was known to be right.
+    pub identity: FileIdentity,
+    /// When it was last asked for.
+    pub last_used: Timestamp,
+}
+
+/// A spool that was verified but not yet published.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PendingRecord {
+    /// What its bytes hash to.
+    pub digest: Digest,
+    /// How many bytes there are.
+    pub size: u64,
+    /// The file's name in the spool folder.
+    pub spool_name: String,
+}
+
+/// Whether a digest stands for a blob or for a manifest of a repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// A layer or configuration.
+    Blob,
+    /// A manifest or index.
+    Manifest,
+}
+
+/// How it is known that a repository holds a digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Proof {
+    /// The upstream sent the bytes for this repository.
+    Delivered,
+    /// The upstream said so, in answer to a HEAD.
+    Vouched,
+}
+
+/// A repository holds a digest, shown to a credential.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Membership {
+    /// The repository.
+    pub source: Source,
+    /// What it holds.
+    pub digest: Digest,
+    /// As what.
+    pub kind: Kind,
+    /// Who was shown it.
+    pub credential: CredentialId,
+    /// How.
+    pub proof: Proof,
+}
+
+/// What is known of a manifest beside its bytes, which are a blob file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ManifestRecord {
+    /// The type it was delivered with.
+    pub media_type: MediaType,
+    /// Its length in bytes.
+    pub size: u64,
+}
+
+/// What a tag meant when the upstream was last asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TagRecord {
+    /// The repository.
+    pub source: Source,
+    /// The tag.
+    pub tag: Tag,
+    /// The manifest it names.
+    pub digest: Digest,
+    /// That manifest's type.
+    pub media_type: MediaType,
+    /// That manifest's length in bytes.
+    pub size: u64,
+    /// When the upstream was last asked.
+    pub checked: Timestamp,
+    /// When it was first seen to name this digest. Counts only when the digest is new: else the earlier time stays.
+    pub first_seen: Timestamp,
+    /// Whether the upstream has deleted the tag.
+    pub suspended: bool,
+}
+
+/// A time during which a tag named one digest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TagEra {
+    /// The manifest it named.
+    pub digest: Digest,
+    /// When that was first seen.
+    pub first_seen: Timestamp,
+    /// When that was last seen.
+    pub last_seen: Timestamp,
+}
+
+/// Something a repository is known to hold, with what is known of it: for listings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holding {
+    /// The membership.
+    pub membership: Membership,
+    /// Length in bytes, where the blob is stored or a manifest's record tells.
+    pub size: Option<u64>,
+    /// A manifest's type.
+    pub media_type: Option<MediaType>,
+    /// When it was last asked for; `None` when it is not stored now.
+    pub last_used: Option<Timestamp>,
+}
+
+/// One thing to write down. All changes of one [`Catalog::record`] are committed together or not at all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A blob was published, or proven anew.
+    Blob(BlobRecord),
+    /// A spool was verified.
+    Pending(PendingRecord),
+    /// A spool that was verified is gone, or was not what it should be.
+    Abandon(Digest),
+    /// A blob is gone. What repositories hold, and manifests' types, stay known.
+    Forget(Digest),
+    /// A blob was asked for.
+    Used(Digest, Timestamp),
+    /// A repository holds a digest.
+    Membership(Membership),
+    /// A manifest's type and length became known.
+    Manifest(Digest, ManifestRecord),
+    /// A tag was looked up.
+    Tag(Box<TagRecord>),
+    /// The upstream refused a repository to a credential.
+    Suspend(Source, CredentialId, Timestamp),
+    /// The upstream opened a repository to a credential again.
+    Lift(Source, CredentialId),
+}
+
+struct Inner {
+    path: PathBuf,
+    queue: mpsc::Sender<Job>,
+    readers: Readers,
+    remembered: Arc<Remembered>,
+    sizes: Cache<Digest, u64>,
+    metrics: Metrics,
+}
+
+/// What is answered from memory, kept coherent with the database by the writer.
+#[derive(Debug)]
+struct Remembered {
+    /// Memberships that were read or written. Whoever reads the database to add one holds `filling` for reading meanwhile, and the
+    /// writer takes it for writing to put new values in: so no old value is put in over a new one.
+    rights: Cache<(Source, Digest, Kind), CredentialId>,
+    filling: RwLock<()>,
+    suspended: Mutex<HashSet<(Source, CredentialId)>>,
+}
+
+impl Catalog {
+    /// Opens the catalog at `path`, making it if need be. A damaged one is set aside and made anew. Blocks on the disk.
+    pub fn open(path: &Path, keeping: Keeping, metrics: &Metrics) -> Result<Self, StoreError> {
+        let (connection, place) = match keeping {
+            Keeping::OnDisk => (
+                schema::open_file(path, metrics)?,
+                Place::File(path.to_owned()),
+            ),
+            Keeping::InMemory => schema::open_memory(path)?,
+        };
+        let (queue, jobs) = mpsc::channel(QUEUE);
+        let catalog = Self::over(path, place, queue, metrics)?;
+        let remembered = Arc::clone(&catalog.inner.remembered);
+        Writer::new(path, connection, remembered, metrics).start(jobs)?;
+        Ok(catalog)
+    }
+
+    /// Looks into the catalog at `path` beside the process that writes it. Every write fails. Blocks on the disk.
+    pub fn peek(path: &Path, metrics: &Metrics) -> Result<Self, StoreError> {
+        let place = schema::find_readable(path)?;
+        let (queue, _closed) = mpsc::channel(1);
+        Self::over(path, place, queue, metrics)
+    }
+
+    fn over(
+        path: &Path,
+        place: Place,
+        queue: mpsc::Sender<Job>,
+        metrics: &Metrics,
+    ) -> Result<Self, StoreError> {
+        let readers = Readers::new(place);
+        let suspended = readers
+            .with(read::suspended)
+            .map_err(|error| StoreError::new("read the catalog", path, error))?;
+        let remembered = Remembered {
+            rights: Cache::new(RIGHTS_IN_MEMORY),
+            filling: RwLock::default(),
+            suspended: Mutex::new(suspended),
+        };
+        let inner = Inner {
+            path: path.to_owned(),
+            queue,
+            readers,
+            remembered: Arc::new(remembered),
+            sizes: Cache::new(SIZES_IN_MEMORY),
+            metrics: metrics.clone(),
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
+    }
+
+    /// Writes down all of `changes`, in order, in one commit; completes when it survives the end of this process. Dropping the future
+    /// does not take a queued write back.
+    pub async fn record(&self, changes: Vec<Change>) -> Result<(), StoreError> {
+        let (done, outcome) = oneshot::channel();
+        let job = Job { changes, done };
+        let queued = self.inner.queue.send(job).await;
+        queued.map_err(|_closed| self.closed())?;
+        outcome.await.map_err(|_closed| self.closed())?
+    }
+
+    /// [`Catalog::record`] for threads that may block. Must not be called on an async thread.
+    pub fn record_blocking(&self, changes: Vec<Change>) -> Result<(), StoreError> {
+        let (done, outcome) = oneshot::channel();
+        let job = Job { changes, done };
+        let queued = self.inner.queue.blocking_send(job);
+        queued.map_err(|_closed| self.closed())?;
+        outcome.blocking_recv().map_err(|_closed| self.closed())?
+    }
+
+    /// Completes when everything queued before is committed.
+    pub async fn flush(&self) -> Result<(), StoreError> {
+        self.record(Vec::new()).await
+    }
+
+    /// A blob was published; what was pending for it no longer is.
+    pub async fn record_blob(
+        &self,
+        digest: Digest,
+        identity: FileIdentity,
+        used: Timestamp,
+    ) -> Result<(), StoreError> {
+        let record = BlobRecord {
+            digest,
+            identity,
+            last_used: used,
+        };
+        self.record(vec![Change::Blob(record)]).await
+    }
+
+    /// A spool was verified: should this process end before it is published, the next start publishes it.
+    pub async fn record_pending(
+        &self,
+        digest: Digest,
+        size: u64,
+        spool_name: String,
+    ) -> Result<(), StoreError> {
+        let record = PendingRecord {
+            digest,
+            size,
+            spool_name,
+        };
+        self.record(vec![Change::Pending(record)]).await
+    }
+
+    /// A blob was evicted or is damaged. What repositories hold, and manifests' types, stay known.
+    pub async fn forget_blob(&self, digest: Digest) -> Result<(), StoreError> {
+        self.record(vec![Change::Forget(digest)]).await
+    }
+
+    /// Blobs were asked for. Blobs that are not recorded are passed over.
+    pub async fn touch(&self, used: Vec<(Digest, Timestamp)>) -> Result<(), StoreError> {
+        let changes = used
+            .into_iter()
+            .map(|(digest, at)| Change::Used(digest, at));
+        self.record(changes.collect()).await
+    }
+
+    /// A repository holds a digest. Where that is known already, the most open credential stays.
+    pub async fn record_membership(&self, membership: Membership) -> Result<(), StoreError> {
+        self.record(vec![Change::Membership(membership)]).await
+    }
+
+    /// A manifest's type and length became known.
+    pub async fn record_manifest(
+        &self,
+        digest: Digest,
+        media_type: &MediaType,
+        size: u64,
+    ) -> Result<(), StoreError> {
+        let record = ManifestRecord {
+            media_type: media_type.clone(),
+            size,
+        };
+        self.record(vec![Change::Manifest(digest, record)]).await
+    }
+
+    /// A tag was looked up. A change of its digest goes into the tag's history.
+    pub async fn record_tag(&self, tag: TagRecord) -> Result<(), StoreError> {
+        self.record(vec![Change::Tag(Box::new(tag))]).await
+    }
+
+    /// The upstream refused the repository to this credential. Holds at once, and also where it cannot be written down.
+    pub async fn suspend(
+        &self,
+        source: &Source,
+        credential: &CredentialId,
+        at: Timestamp,
+    ) -> Result<(), StoreError> {
+        let change = Change::Suspend(source.clone(), credential.clone(), at);
+        self.inner.remembered.apply_access(&change);
+        self.record(vec![change]).await
+    }
+
+    /// The upstream opened the repository to this credential again.
+    pub async fn lift(&self, source: &Source, credential: &CredentialId) -> Result<(), StoreError> {
+        if !self.is_suspended(source, credential) {
+            return Ok(());
+        }
+        let change = Change::Lift(source.clone(), credential.clone());
+        self.record(vec![change]).await
+    }
+
+    /// Whether the upstream last refused the repository to this credential. From memory.
+    pub fn is_suspended(&self, source: &Source, credential: &CredentialId) -> bool {
+        let suspended = &self.inner.remembered.suspended;
+        let suspended = suspended.lock().unwrap_or_else(PoisonError::into_inner);
+        suspended.contains(&(source.clone(), credential.clone()))
+    }
+
+    /// Under which credential the repository was shown to hold this digest; `None` when that is not known.
+    pub fn membership(
+        &self,
+        source: &Source,
+        digest: &Digest,
+        kind: Kind,
+    ) -> Result<Option<CredentialId>, StoreError> {
+        let remembered = &self.inner.remembered;
+        let key = (source.clone(), *digest, kind);
+        if let Some(credential) = remembered.rights.get(&key) {
+            return Ok(Some(credential));
+        }
+        let filling = remembered.filling.read();
+        let filling = filling.unwrap_or_else(PoisonError::into_inner);
+        let found = self.read(|db| read::membership(db, source, digest, kind))?;
+        if let Some(credential) = &found {
+            remembered.rights.insert(key, credential.clone());
+        }
+        drop(filling);
+        Ok(found)
+    }
+
+    /// Remembers lengths that manifests tell, in memory only, to know a blob's size before the first answer for it.
+    pub fn record_sizes(&self, sizes: Vec<(Digest, u64)>) {
+        for (digest, size) in sizes {
+            self.inner.sizes.insert(digest, size);
+        }
+    }
+
+    /// A blob's length as a manifest told it; not proven.
+    pub fn size_hint(&self, digest: &Digest) -> Option<u64> {
+        self.inner.sizes.get(digest)
+    }
+
+    /// Reads, counting a failure as a fault of the store.
+    fn read<T>(
+        &self,
+        query: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> Result<T, StoreError> {
+        self.inner.readers.with(query).map_err(|error| {
+            self.inner.metrics.store_faults.inc();
+            StoreError::new("read the catalog", &self.inner.path, error)
+        })
+    }
+
+    fn closed(&self) -> StoreError {
+        self.inner.metrics.store_faults.inc();
+        StoreError::new("write to the catalog", &self.inner.path, Cause::Closed)
+    }
+}
+
+impl Remembered {
+    /// Takes over what a commit changed.
+    fn apply(&self, rights: Vec<((Source, Digest, Kind), CredentialId)>) {
+        if rights.is_empty() {
+            return;
+        }
+        let filling = self.filling.write().unwrap_or_else(PoisonError::into_inner);
+        for (key, credential) in rights {
+            self.rights.insert(key, credential);
+        }
+        drop(filling);
+    }
+
+    /// Takes over who may read a repository now.
+    fn apply_access(&self, change: &Change) {
+        let mut suspended = self
+            .suspended
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        match change {
+            Change::Suspend(source, credential, _) => {
+                suspended.insert((source.clone(), credential.clone()));
+            }
+            Change::Lift(source, credential) => {
+                suspended.remove(&(source.clone(), credential.clone()));
+            }
+            Change::Blob(_)
+            | Change::Pending(_)
+            | Change::Abandon(_)
+            | Change::Forget(_)
+            | Change::Used(..)
+            | Change::Membership(_)
+            | Change::Manifest(..)
+            | Change::Tag(_) => {}
+        }
+    }
+}
+
+impl fmt::Debug for Catalog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Catalog").field(&self.inner.path).finish()
+    }
+}

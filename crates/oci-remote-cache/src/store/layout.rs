@@ -1,0 +1,406 @@
+//! The cache folder: its paths, and what it must be before anything in it is trusted.
+//!
+//! Opening takes the folder's lock and keeps it as long as the [`Layout`] lives. What the files mean is no business of this module.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, TryLockError};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{Access, OFlags};
+
+use oci::Digest;
+
+use super::error::OpenError;
+
+/// The format of the folder that this version writes, and the newest it reads.
+const FORMAT: u32 = 1;
+
+/// Links followed on the way to the folder before giving up, as many as Linux follows.
+const MAX_LINKS: usize = 40;
+
+/// Write permission for group or others.
+const OTHERS_WRITE: u32 = 0o022;
+
+/// Only owners may rename or remove what is in the folder.
+const STICKY: u32 = 0o1000;
+
+/// `f_type` of file systems that live in memory.
+const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
+
+/// An opened cache folder.
+#[derive(Debug)]
+pub struct Layout {
+    root: PathBuf,
+    writable: bool,
+    /// Held, never read: closing it gives the lock back.
+    _lock: Option<File>,
+}
+
+/// Whether what is stored will still be there after a reboot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lasting {
+    /// It lies on a disk.
+    Lasting,
+    /// It lies in memory.
+    Tmpfs,
+    /// It lies under `/tmp`, which distributions clean.
+    UnderTmp,
+}
+
+impl Layout {
+    /// Opens the cache folder `dir` for this process alone, making it (0700) if need be. Blocks on the disk.
+    ///
+    /// A folder that exists but cannot be written is no error: see [`Layout::writable`].
+    pub fn open(dir: &Path) -> Result<Self, OpenError> {
+        let root = resolve(dir)?;
+        make_folder(&root)?;
+        check_folder(&root)?;
+        let mut intent = Intent::allowed(&root);
+        let lock = lock(&root, intent)?;
+        check_format(&root, intent)?;
+        for folder in ["blobs", "spool", "parked"].map(|name| root.join(name)) {
+            if intent == Intent::Write {
+                make_folder(&folder)?;
+            }
+            if folder.symlink_metadata().is_ok() {
+                check_folder(&folder)?;
+                intent = intent.min(Intent::allowed(&folder));
+            }
+        }
+        Ok(Self {
+            root,
+            writable: intent == Intent::Write,
+            _lock: lock,
+        })
+    }
+
+    /// Looks into the cache folder `dir` beside the process that serves from it: no lock is taken, nothing is written.
+    pub fn peek(dir: &Path) -> Result<Self, OpenError> {
+        let root = resolve(dir)?;
+        let absent = || OpenError::Absent {
+            dir: dir.to_owned(),
+        };
+        let found = match root.symlink_metadata() {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(absent()),
+            Err(error) => return Err(unreadable(&root, error)),
+        };
+        if !found.is_dir() {
+            return Err(OpenError::NotAFolder { dir: root });
+        }
+        if read_format(&root)?.is_empty() && !root.join("blobs").is_dir() {
+            return Err(absent());
+        }
+        check_format(&root, Intent::Read)?;
+        Ok(Self {
+            root,
+            writable: false,
+            _lock: None,
+        })
+    }
+
+    /// The folder itself, links resolved.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Where the blob with this digest lies, if it is stored.
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
+        let hex = digest.hex();
+        let prefix: String = hex.chars().take(2).collect();
+        let mut path = self.blobs_dir();
+        path.extend([digest.algorithm().name(), &prefix, &hex]);
+        path
+    }
+
+    /// The folder of all blobs.
+    pub fn blobs_dir(&self) -> PathBuf {
+        self.root.join("blobs")
+    }
+
+    /// The folder of fills in flight.
+    pub fn spool_dir(&self) -> PathBuf {
+        self.root.join("spool")
+    }
+
+    /// The folder of pieces kept of fills that stopped.
+    pub fn parked_dir(&self) -> PathBuf {
+        self.root.join("parked")
+    }
+
+    /// The folder where files go that have no business among the blobs.
+    pub fn strays_dir(&self) -> PathBuf {
+        self.root.join("strays")
+    }
+
+    /// The catalog's file.
+    pub fn catalog_path(&self) -> PathBuf {
+        self.root.join("catalog.db")
+    }
+
+    /// The socket by which the command line talks to the running server.
+    pub fn socket_path(&self) -> PathBuf {
+        self.root.join("admin.sock")
+    }
+
+    /// Whether anything can be stored. If not, what can be read is served and the rest passes through.
+    pub fn writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Whether what is stored will last, as far as the path and the file system tell.
+    pub fn lasting(&self) -> Lasting {
+        if on_tmpfs(&self.root) {
+            Lasting::Tmpfs
+        } else if self.root.starts_with("/tmp") {
+            Lasting::UnderTmp
+        } else {
+            Lasting::Lasting
+        }
+    }
+}
+
+impl Lasting {
+    /// The line to show at start where `root` will not last.
+    pub fn warning(self, root: &Path) -> Option<String> {
+        let why = match self {
+            Self::Lasting => return None,
+            Self::Tmpfs => "is in memory (tmpfs)",
+            Self::UnderTmp => "is under /tmp",
+        };
+        let root = root.display();
+        Some(format!(
+            "the cache in {root} {why} and will not last: set cache_dir to a folder on a disk"
+        ))
+    }
+}
+
+/// Whether `path` lies on a file system in memory.
+pub(super) fn on_tmpfs(path: &Path) -> bool {
+    #[expect(
+        clippy::useless_conversion,
+        reason = "the type of f_type differs between architectures"
+    )]
+    rustix::fs::statfs(path).is_ok_and(|found| IN_MEMORY.contains(&i64::from(found.f_type)))
+}
+
+/// What a folder is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Intent {
+    Read,
+    Write,
+}
+
+impl Intent {
+    /// The most that we may do in a folder.
+    fn allowed(dir: &Path) -> Self {
+        match rustix::fs::access(dir, Access::WRITE_OK | Access::EXEC_OK) {
+            Ok(()) => Self::Write,
+            Err(_) => Self::Read,
+        }
+    }
+}
+
+/// The absolute path of `dir` with its links resolved, refusing links that others could point elsewhere. What does not exist yet is
+/// kept as it is written.
+fn resolve(dir: &Path) -> Result<PathBuf, OpenError> {
+    let absolute = std::path::absolute(dir).map_err(|error| unreadable(dir, error))?;
+    let mut ahead = parts(&absolute);
+    let mut at = PathBuf::from("/");
+    let mut links = 0;
+    while let Some(part) = ahead.pop_front() {
+        if part == ".." {
+            at.pop();
+            continue;
+        }
+        let next = at.join(&part);
+        let Ok(found) = next.symlink_metadata() else {
+            at = next;
+            continue;
+        };
+        if !found.is_symlink() {
+            at = next;
+            continue;
+        }
+        links += 1;
+        if links > MAX_LINKS || !link_is_safe(&at, &found) {
+            return Err(OpenError::Link {
+                dir: dir.to_owned(),
+                link: next,
+            });
+        }
+        let target = fs::read_link(&next).map_err(|error| unreadable(&next, error))?;
+        if target.is_absolute() {
+            at = PathBuf::from("/");
+        }
+        for part in parts(&target).into_iter().rev() {
+            ahead.push_front(part);
+        }
+    }
+    Ok(at)
+}
+
+fn parts(path: &Path) -> VecDeque<OsString> {
+    path.components()
+        .filter_map(|component| match component {
+            Component::Normal(name) => Some(name.to_owned()),
+            Component::ParentDir => Some("..".into()),
+            Component::Prefix(_) | Component::RootDir | Component::CurDir => None,
+        })
+        .collect()
+}
+
+/// Whether only root and ourselves can make or change this link in `folder`. In a sticky folder such as `/tmp` anyone may add a link,
+/// but nobody may replace ours.
+fn link_is_safe(folder: &Path, link: &Metadata) -> bool {
+    let Ok(folder) = folder.metadata() else {
+        return false;
+    };
+    let shared = folder.mode() & OTHERS_WRITE != 0;
+    let sticky = folder.mode() & STICKY != 0;
+    is_ours(&folder) && (!shared || sticky) && (!sticky || is_ours(link))
+}
+
+fn is_ours(found: &Metadata) -> bool {
+    found.uid() == 0 || found.uid() == rustix::process::geteuid().as_raw()
+}
+
+fn make_folder(dir: &Path) -> Result<(), OpenError> {
+    match dir.symlink_metadata() {
+        Ok(_) => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+            return Err(OpenError::NotAFolder {
+                dir: dir.to_owned(),
+            });
+        }
+        Err(error) => return Err(unreadable(dir, error)),
+    }
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|source| OpenError::Unmakeable {
+            dir: dir.to_owned(),
+            source,
+        })
+}
+
+fn check_folder(dir: &Path) -> Result<(), OpenError> {
+    let found = dir
+        .symlink_metadata()
+        .map_err(|error| unreadable(dir, error))?;
+    if !found.is_dir() {
+        return Err(OpenError::NotAFolder {
+            dir: dir.to_owned(),
+        });
+    }
+    if !is_ours(&found) {
+        return Err(OpenError::Foreign {
+            dir: dir.to_owned(),
+            owner: found.uid(),
+        });
+    }
+    rustix::fs::access(dir, Access::READ_OK | Access::EXEC_OK)
+        .map_err(|error| unreadable(dir, error.into()))
+}
+
+/// Takes the folder's lock. A folder that cannot be written may have no lock file, and then nobody can write to it either.
+fn lock(root: &Path, intent: Intent) -> Result<Option<File>, OpenError> {
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(no_follow());
+    if intent == Intent::Write {
+        options.write(true).create(true).mode(0o600);
+    }
+    let path = root.join("lock");
+    let file = match options.open(&path) {
+        Ok(file) => file,
+        Err(_) if intent == Intent::Read => return Ok(None),
+        Err(error) => return Err(unreadable(&path, error)),
+    };
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Err(OpenError::Locked {
+            dir: root.to_owned(),
+        }),
+        Err(TryLockError::Error(error)) => Err(unreadable(&path, error)),
+    }
+}
+
+fn check_format(root: &Path, intent: Intent) -> Result<(), OpenError> {
+    let found = read_format(root)?;
+    if found.is_empty() {
+        return match intent {
+            Intent::Read => Ok(()),
+            Intent::Write => write_format(root),
+        };
+    }
+    if found
+        .parse::<u32>()
+        .is_ok_and(|version| version > 0 && version <= FORMAT)
+    {
+        return Ok(());
+    }
+    Err(OpenError::Newer {
+        dir: root.to_owned(),
+        found,
+        known: FORMAT,
+    })
+}
+
+/// What the format file says, empty when there is none or a crash left it empty.
+fn read_format(root: &Path) -> Result<String, OpenError> {
+    let path = root.join("format");
+    let file = match open_no_follow(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(String::new()),
+        Err(error) => return Err(unreadable(&path, error)),
+    };
+    let mut text = Vec::new();
+    file.take(64)
+        .read_to_end(&mut text)
+        .map_err(|error| unreadable(&path, error))?;
+    Ok(String::from_utf8_lossy(&text).trim().to_owned())
+}
+
+/// Marks a new folder. On a full disk it stays unmarked, which is no reason not to serve what is there.
+fn write_format(root: &Path) -> Result<(), OpenError> {
+    let path = root.join("format");
+    let written = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .custom_flags(no_follow())
+        .open(&path)
+        .and_then(|mut file| {
+            writeln!(file, "{FORMAT}")?;
+            file.sync_all()
+        });
+    match written {
+        Err(error) if error.kind() != io::ErrorKind::StorageFull => Err(unreadable(&path, error)),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// Opens a file for reading, but not through a link.
+pub(super) fn open_no_follow(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(no_follow())
+        .open(path)
+}
+
+fn no_follow() -> i32 {
+    OFlags::NOFOLLOW.bits().cast_signed()
+}
+
+fn unreadable(dir: &Path, source: io::Error) -> OpenError {
+    OpenError::Unreadable {
+        dir: dir.to_owned(),
+        source,
+    }
+}

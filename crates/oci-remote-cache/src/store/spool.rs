@@ -1,0 +1,411 @@
+//! One blob on its way in: a sparse file, the map of what has arrived, and the one door to [`Verified`].
+//!
+//! Writers add ranges in any order, readers take spans of what is there, the hash follows the unbroken prefix. Beside a large spool
+//! lies a list of checksums, one for each piece that became whole, so that a transfer cut by a crash, or parked because nobody read it,
+//! goes on from its pieces. What is written here is not a blob: nothing under `spool/` or `parked/` is ever served as one.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use bytes::Bytes;
+use oci::{Digest, Hasher, Slice};
+
+use super::layout::Layout;
+use super::pieces::{PIECE, PieceMap, piece, pieces_of};
+use super::span::Span;
+use crate::names::UpstreamId;
+
+/// Bytes read at once while hashing.
+const HASH_BLOCK: usize = 1 << 20;
+
+/// Ending of the list of checksums beside a spool.
+const LIST: &str = "pieces";
+
+/// Tells the spools of manifests apart.
+static TURN: AtomicU64 = AtomicU64::new(0);
+
+/// First word of that list; the version of its form.
+const LIST_HEAD: &str = "oci-remote-cache-pieces-1";
+
+/// A blob that is being filled. Shared by its writers and readers.
+#[derive(Debug)]
+pub struct Spool {
+    digest: Digest,
+    upstream: UpstreamId,
+    path: PathBuf,
+    file: Arc<File>,
+    size: OnceLock<u64>,
+    arrived: Mutex<PieceMap>,
+    list: Mutex<Option<File>>,
+}
+
+/// The hash of a spool's unbroken prefix, with its earlier states.
+#[derive(Debug)]
+pub struct PrefixHash {
+    hasher: Hasher,
+    position: u64,
+    kept: Vec<Checkpoint>,
+}
+
+/// A hash state at an offset, from which hashing can go on elsewhere.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    /// Bytes hashed so far.
+    pub position: u64,
+    /// The state after them.
+    pub hasher: Hasher,
+}
+
+/// Proof that a spool's bytes are the blob: its size is right and they hash to the digest. Only [`Spool::verify`] makes one, and
+/// publishing takes nothing else.
+#[derive(Clone, Debug)]
+pub struct Verified {
+    digest: Digest,
+    size: u64,
+    path: PathBuf,
+    file: Arc<File>,
+}
+
+/// What the list beside a spool says: the blob's size, and the checksum of each piece that became whole.
+struct PieceList {
+    size: u64,
+    checksums: Vec<(u64, u32)>,
+}
+
+/// The bytes do not hash to the digest they were asked for by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{size} bytes came that hash to {found}, not to {wanted}")]
+pub struct Mismatch {
+    /// The digest asked for.
+    pub wanted: Digest,
+    /// What the bytes hash to.
+    pub found: Digest,
+    /// How many bytes came.
+    pub size: u64,
+}
+
+impl Spool {
+    /// Starts a spool for `digest` from `upstream`, from zero. Blocks on the disk.
+    pub fn create(layout: &Layout, digest: Digest, upstream: &UpstreamId) -> io::Result<Self> {
+        let path = layout.spool_dir().join(name(&digest, upstream));
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        remove(&list_path(&path)).ok();
+        Ok(Self {
+            digest,
+            upstream: upstream.clone(),
+            path,
+            file: Arc::new(file),
+            size: OnceLock::new(),
+            arrived: Mutex::default(),
+            list: Mutex::default(),
+        })
+    }
+
+    /// Goes on with the pieces that were parked, or left by a crash, for this digest and upstream; `None` when there are none. Each piece
+    /// is read and counted only when its checksum is right. Blocks on the disk.
+    #[expect(clippy::disallowed_methods, reason = "a parked spool moves back among the spools; nothing is published here")]
+    pub fn resume(layout: &Layout, digest: Digest, upstream: &UpstreamId) -> io::Result<Option<Self>> {
+        let name = name(&digest, upstream);
+        let parked = layout.parked_dir().join(&name);
+        let Some(PieceList { size, checksums }) = read_list(&list_path(&parked), upstream) else {
+            return Ok(None);
+        };
+        let path = layout.spool_dir().join(&name);
+        fs::rename(&parked, &path)?;
+        fs::rename(list_path(&parked), list_path(&path))?;
+        let file = Arc::new(OpenOptions::new().read(true).write(true).open(&path)?);
+        let mut arrived = PieceMap::new();
+        for (index, checksum) in checksums {
+            let part = piece(index, size);
+            if checksum_of(&file, part).is_ok_and(|found| found == checksum) {
+                arrived.insert(part);
+            }
+        }
+        let list = OpenOptions::new().append(true).open(list_path(&path))?;
+        Ok(Some(Self {
+            digest,
+            upstream: upstream.clone(),
+            path,
+            file,
+            size: OnceLock::from(size),
+            arrived: Mutex::new(arrived),
+            list: Mutex::new(Some(list)),
+        }))
+    }
+
+    /// The digest the bytes must hash to.
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    /// The file's name within `spool/`.
+    pub fn name(&self) -> String {
+        name(&self.digest, &self.upstream)
+    }
+
+    /// The blob's size in bytes, once known.
+    pub fn size(&self) -> Option<u64> {
+        self.size.get().copied()
+    }
+
+    /// Settles the size; a second, different one is refused. Blobs of more than one piece get their list of checksums here.
+    pub fn settle_size(&self, size: u64) -> io::Result<()> {
+        if *self.size.get_or_init(|| size) != size {
+            return Err(io::Error::other("the upstream changed its mind about the blob's size"));
+        }
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        if size > PIECE && list.is_none() {
+            let mut file =
+                OpenOptions::new().append(true).create(true).mode(0o600).open(list_path(&self.path))?;
+            writeln!(file, "{LIST_HEAD} {size} {}", self.upstream)?;
+            *list = Some(file);
+        }
+        Ok(())
+    }
+
+    /// Writes `parts` at `offset` and counts them as arrived. Blocks on the disk.
+    pub fn write(&self, offset: u64, parts: &[Bytes]) -> io::Result<u64> {
+        let mut at = offset;
+        for part in parts {
+            self.file.write_all_at(part, at)?;
+            at += part.len() as u64;
+        }
+        let written = Slice { start: offset, end: at };
+        let whole = self.count(written);
+        self.note_pieces(&whole)?;
+        Ok(at)
+    }
+
+    /// End of the unbroken run from `offset`.
+    pub fn reach(&self, offset: u64) -> u64 {
+        self.map(|arrived| arrived.reach(offset))
+    }
+
+    /// The parts of `within` that have not arrived.
+    pub fn gaps(&self, within: Slice) -> Vec<Slice> {
+        self.map(|arrived| arrived.gaps(within))
+    }
+
+    /// How many bytes have arrived.
+    pub fn total(&self) -> u64 {
+        self.map(|arrived| arrived.total())
+    }
+
+    /// A span of this file.
+    pub fn span(&self, slice: Slice) -> Span {
+        Span { file: Arc::clone(&self.file), offset: slice.start, len: slice.len() }
+    }
+
+    /// Forgets what arrived, to fetch everything again.
+    pub fn forget(&self) -> io::Result<()> {
+        self.map(|arrived| *arrived = PieceMap::new());
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(list);
+        remove(&list_path(&self.path))?;
+        self.size().map_or(Ok(()), |size| self.settle_size(size))
+    }
+
+    /// Whether these bytes are the blob, given the hash that followed them to their end.
+    pub fn verify(&self, hash: PrefixHash) -> Result<Verified, Mismatch> {
+        let size = hash.position;
+        let found = hash.hasher.finish();
+        let whole = self.size().is_none_or(|settled| settled == size) && self.reach(0) == size;
+        if found != self.digest || !whole {
+            return Err(Mismatch { wanted: self.digest, found, size });
+        }
+        Ok(Verified { digest: self.digest, size, path: self.path.clone(), file: Arc::clone(&self.file) })
+    }
+
+    /// Removes the files; readers that have them open keep reading. Blocks on the disk.
+    pub fn discard(&self) -> io::Result<()> {
+        remove(&list_path(&self.path))?;
+        remove(&self.path)
+    }
+
+    /// Removes the list of checksums, which a published blob needs no more.
+    pub fn drop_list(&self) -> io::Result<()> {
+        remove(&list_path(&self.path))
+    }
+
+    /// Moves the files to `parked/`, where a later fill finds its pieces. Without a list of pieces there is nothing worth keeping.
+    #[expect(clippy::disallowed_methods, reason = "parking publishes nothing: the file stays a spool, out of sight of readers")]
+    pub fn park(&self, layout: &Layout) -> io::Result<()> {
+        let parked = layout.parked_dir().join(self.name());
+        if !list_path(&self.path).exists() {
+            return self.discard();
+        }
+        fs::rename(list_path(&self.path), list_path(&parked))?;
+        fs::rename(&self.path, &parked)
+    }
+
+    fn map<T>(&self, look: impl FnOnce(&mut PieceMap) -> T) -> T {
+        look(&mut self.arrived.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Counts a range as arrived and tells which pieces became whole by it.
+    fn count(&self, written: Slice) -> Vec<(u64, Slice)> {
+        let size = self.size();
+        self.map(|arrived| {
+            arrived.insert(written);
+            let Some(size) = size.filter(|&size| size > PIECE) else { return Vec::new() };
+            pieces_of(written).map(|index| (index, piece(index, size))).filter(|&(_, part)| arrived.holds(part)).collect()
+        })
+    }
+
+    fn note_pieces(&self, whole: &[(u64, Slice)]) -> io::Result<()> {
+        for &(index, part) in whole {
+            let line = format!("{index} {:08x}\n", checksum_of(&self.file, part)?);
+            if let Some(list) = self.list.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+                list.write_all(line.as_bytes())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl PrefixHash {
+    /// Nothing hashed yet.
+    pub fn new(digest: &Digest) -> Self {
+        Self { hasher: Hasher::new(digest.algorithm()), position: 0, kept: Vec::new() }
+    }
+
+    /// How many bytes are hashed.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Hashes the spool's bytes up to `until`, which must have arrived, keeping a state at each piece. Blocks on disk and CPU.
+    pub fn follow(&mut self, spool: &Spool, until: u64) -> io::Result<()> {
+        let mut block = vec![0; HASH_BLOCK];
+        while self.position < until {
+            let left = usize::try_from(until - self.position).unwrap_or(HASH_BLOCK);
+            let block = block.get_mut(..left.min(HASH_BLOCK)).unwrap_or_default();
+            spool.file.read_exact_at(block, self.position)?;
+            self.hasher.update(block);
+            self.position += block.len() as u64;
+            self.keep();
+        }
+        Ok(())
+    }
+
+    /// The latest kept state at or before `position`.
+    pub fn checkpoint(&self, position: u64) -> Option<Checkpoint> {
+        self.kept.iter().rev().find(|kept| kept.position <= position).cloned()
+    }
+
+    fn keep(&mut self) {
+        if self.kept.last().map_or(0, |kept| kept.position) + PIECE <= self.position {
+            self.kept.push(Checkpoint { position: self.position, hasher: self.hasher.clone() });
+        }
+    }
+}
+
+impl Verified {
+    /// Writes a body that is in memory to a spool of its own and verifies it: manifests. Blocks on the disk.
+    pub fn write(layout: &Layout, digest: Digest, body: &[u8]) -> io::Result<Result<Self, Mismatch>> {
+        let found = Digest::of(digest.algorithm(), body);
+        let size = body.len() as u64;
+        if found != digest {
+            return Ok(Err(Mismatch { wanted: digest, found, size }));
+        }
+        // Several requests may bring the same manifest at once, so each gets a file of its own.
+        let turn = TURN.fetch_add(1, Ordering::Relaxed);
+        let path = layout.spool_dir().join(format!("{}-{}-m{turn}", digest.algorithm().name(), digest.hex()));
+        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        file.write_all(body)?;
+        Ok(Ok(Self { digest, size, path, file: Arc::new(file) }))
+    }
+
+    /// The spool file's name within `spool/`.
+    pub fn spool_name(&self) -> String {
+        self.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+
+    /// Takes a spool that a crash left between its verification and its rename: `path` is hashed anew. Blocks on disk and CPU.
+    pub fn recover(path: &Path, digest: Digest) -> io::Result<Option<Self>> {
+        let file = Arc::new(OpenOptions::new().read(true).write(true).open(path)?);
+        let size = file.metadata()?.len();
+        let whole = Slice { start: 0, end: size };
+        let found = hash_file(&file, whole, Hasher::new(digest.algorithm()))?.finish();
+        Ok((found == digest).then(|| Self { digest, size, path: path.to_owned(), file }))
+    }
+
+    /// What the bytes hash to.
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    /// How many bytes there are.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Where they lie.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+}
+
+/// Continues `hasher` over `slice` of `file`. Blocks on disk and CPU.
+pub fn hash_file(file: &File, slice: Slice, mut hasher: Hasher) -> io::Result<Hasher> {
+    let mut block = vec![0; HASH_BLOCK];
+    let mut at = slice.start;
+    while at < slice.end {
+        let left = usize::try_from(slice.end - at).unwrap_or(HASH_BLOCK);
+        let block = block.get_mut(..left.min(HASH_BLOCK)).unwrap_or_default();
+        file.read_exact_at(block, at)?;
+        hasher.update(block);
+        at += block.len() as u64;
+    }
+    Ok(hasher)
+}
+
+/// One fill at a time runs for an upstream and digest, so this names its spool for good. Only the key's checksum goes into the name:
+/// the list beside the file holds the key itself.
+fn name(digest: &Digest, upstream: &UpstreamId) -> String {
+    format!("{}-{}-{:08x}", digest.algorithm().name(), digest.hex(), crc32fast::hash(upstream.as_str().as_bytes()))
+}
+
+fn list_path(spool: &Path) -> PathBuf {
+    spool.with_extension(LIST)
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+fn checksum_of(file: &File, part: Slice) -> io::Result<u32> {
+    let length = usize::try_from(part.len()).map_err(|_too_large| io::ErrorKind::InvalidInput)?;
+    let mut block = vec![0; length];
+    file.read_exact_at(&mut block, part.start)?;
+    Ok(crc32fast::hash(&block))
+}
+
+/// Reads the list at `path`; `None` when it is missing or tells of another upstream. A last line cut short by a crash, like any other
+/// that cannot be read, is no piece.
+fn read_list(path: &Path, upstream: &UpstreamId) -> Option<PieceList> {
+    let text = fs::read_to_string(path).ok()?;
+    let mut lines = text.split_inclusive('\n');
+    let mut head = lines.next()?.trim_end().splitn(3, ' ');
+    let (form, size, from) = (head.next()?, head.next()?.parse().ok()?, head.next()?);
+    if form != LIST_HEAD || from != upstream.as_str() {
+        return None;
+    }
+    let checksums = lines.filter(|line| line.ends_with('\n')).filter_map(|line| {
+        let (index, checksum) = line.trim_end().split_once(' ')?;
+        Some((index.parse().ok()?, u32::from_str_radix(checksum, 16).ok()?))
+    });
+    Some(PieceList { size, checksums: checksums.collect() })
+}

@@ -1,0 +1,281 @@
+//! Connections: clients by class and lane, a resolver that lets through only what the guard allows, and the TLS set-up.
+//!
+//! No proxy variables, no redirects, no decoding, no `Referer`: each of them would undo a rule that is kept elsewhere. What may be
+//! connected to is decided in `guard.rs`.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use reqwest::{Certificate, Client, ClientBuilder, Request, Response};
+use tokio::time::Instant;
+
+use super::error::{Fault, SetupError};
+use super::guard::{Class, Refusal, Rules};
+
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+const IDLE_LIMIT: Duration = Duration::from_mins(1);
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// How long an upstream's class is believed before its host is resolved again.
+const CLASS_FOR: Duration = Duration::from_secs(30);
+const RESOLVE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Which connections a request uses. Blobs keep to HTTP/1.1: HTTP/2 would put all transfers from a host on one connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    /// One connection for each transfer.
+    Blobs,
+    /// Small answers; HTTP/2 where the host speaks it.
+    Small,
+}
+
+/// The way to one place and to wherever it leads.
+#[derive(Debug)]
+pub(super) struct Reach {
+    /// The rules without the class, which is found out later.
+    rules: Rules,
+    roots: Vec<Certificate>,
+    class: Mutex<Option<(Class, Instant)>>,
+    /// A pool for each class, so that no connection opened under laxer rules is used under stricter ones.
+    doors: Mutex<HashMap<Class, Door>>,
+}
+
+/// The clients and rules of one class.
+#[derive(Clone, Debug)]
+pub(super) struct Door {
+    pub(super) rules: Arc<Rules>,
+    blobs: Client,
+    small: Client,
+}
+
+/// Resolves names and keeps only the addresses that the rules allow.
+#[derive(Debug)]
+struct GuardedResolver {
+    rules: Arc<Rules>,
+}
+
+/// A name that resolves to nothing at all.
+#[derive(Debug, thiserror::Error)]
+#[error("the name resolves to no address")]
+struct NoAddress;
+
+tokio::task_local! {
+    /// The port of the connection that the running request may open: a resolver is told only the name.
+    static PORT: u16;
+}
+
+/// Makes aws-lc-rs the process's TLS provider, once. Whoever comes second finds it done.
+pub fn install_crypto() {
+    // An error says that a provider is installed already, which is all that is wanted.
+    rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .ok();
+}
+
+/// Reads the extra trust roots of a `ca_file`.
+pub(super) fn read_roots(path: &Path) -> Result<Vec<Certificate>, SetupError> {
+    let pem = std::fs::read(path).map_err(|source| SetupError::ReadCa {
+        path: path.to_owned(),
+        source,
+    })?;
+    let roots = Certificate::from_pem_bundle(&pem).unwrap_or_default();
+    if roots.is_empty() {
+        return Err(SetupError::BadCa {
+            path: path.to_owned(),
+        });
+    }
+    Ok(roots)
+}
+
+/// Whether `address` is one of this machine's own. Connecting a UDP socket sends nothing; the kernel picks the source address, and
+/// that equals the target only where the target is local.
+pub(super) fn is_local(address: IpAddr) -> bool {
+    if address.is_loopback() {
+        return true;
+    }
+    let any: IpAddr = match address {
+        IpAddr::V4(_) => std::net::Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let source = || -> io::Result<IpAddr> {
+        let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
+        socket.connect(SocketAddr::new(address, 9))?;
+        Ok(socket.local_addr()?.ip())
+    };
+    source().is_ok_and(|source| source == address)
+}
+
+impl Reach {
+    pub(super) fn new(rules: Rules, roots: Vec<Certificate>) -> Self {
+        install_crypto();
+        Self {
+            rules,
+            roots,
+            class: Mutex::default(),
+            doors: Mutex::default(),
+        }
+    }
+
+    /// The clients for what this place's host resolves to today.
+    pub(super) async fn door(&self) -> Result<Door, Fault> {
+        let class = self.class().await;
+        let Ok(mut doors) = self.doors.lock() else {
+            return Err(Fault::Connect("the connection pool is broken".into()));
+        };
+        if let Some(door) = doors.get(&class) {
+            return Ok(door.clone());
+        }
+        let door = self.open(class).map_err(|error| {
+            Fault::Connect(format!("cannot set up a client: {}", root_cause(&error)))
+        })?;
+        doors.insert(class, door.clone());
+        Ok(door)
+    }
+
+    async fn class(&self) -> Class {
+        let held = self.class.lock().ok().and_then(|held| *held);
+        if let Some((class, since)) = held
+            && since.elapsed() < CLASS_FOR
+        {
+            return class;
+        }
+        let (host, port) = &self.rules.own;
+        let found = tokio::time::timeout(
+            RESOLVE_LIMIT,
+            tokio::net::lookup_host((host.as_str(), *port)),
+        );
+        let Ok(Ok(found)) = found.await else {
+            // Without an answer there will be no connection either; until then the strictest class does no harm.
+            return held.map_or(Class::Public, |(class, _since)| class);
+        };
+        let addresses: Vec<IpAddr> = found.map(|address| address.ip()).collect();
+        let class = Class::of(&addresses);
+        if let Ok(mut held) = self.class.lock() {
+            *held = Some((class, Instant::now()));
+        }
+        class
+    }
+
+    fn open(&self, class: Class) -> reqwest::Result<Door> {
+        let rules = Arc::new(Rules {
+            class,
+            ..self.rules.clone()
+        });
+        Ok(Door {
+            blobs: self.client(&rules, ClientBuilder::http1_only)?,
+            small: self.client(&rules, |builder| builder)?,
+            rules,
+        })
+    }
+
+    fn client(
+        &self,
+        rules: &Arc<Rules>,
+        lane: fn(ClientBuilder) -> ClientBuilder,
+    ) -> reqwest::Result<Client> {
+        let trusting = lane(plain_builder(rules)).tls_certs_merge(self.roots.iter().cloned());
+        trusting.build().or_else(|error| {
+            // A machine without certificates can still reach http:// registries, and https:// ones by their ca_file.
+            tracing::warn!(target: "upstream", error = root_cause(&error), "no system trust roots");
+            lane(plain_builder(rules))
+                .tls_certs_only(self.roots.iter().cloned())
+                .build()
+        })
+    }
+}
+
+impl Door {
+    /// Sends `request`; the caller bounds the time.
+    pub(super) async fn execute(&self, lane: Lane, request: Request) -> reqwest::Result<Response> {
+        let client = match lane {
+            Lane::Blobs => &self.blobs,
+            Lane::Small => &self.small,
+        };
+        let port = request.url().port_or_known_default().unwrap_or_default();
+        PORT.scope(port, client.execute(request)).await
+    }
+}
+
+impl Resolve for GuardedResolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        // Read here and not in the future: only this call is sure to run inside the request's own task.
+        let port = PORT.try_with(|port| *port).unwrap_or_default();
+        let rules = Arc::clone(&self.rules);
+        Box::pin(async move { resolve(&rules, name.as_str(), port).await })
+    }
+}
+
+/// The innermost cause of an error. The outer ones repeat it, and reqwest's own holds the URL.
+pub(super) fn root_cause(error: &reqwest::Error) -> String {
+    let mut cause = std::error::Error::source(error);
+    let mut text = "the request failed".to_owned();
+    while let Some(inner) = cause {
+        text = inner.to_string();
+        cause = inner.source();
+    }
+    text
+}
+
+/// The guard's refusal, if that is why a request failed.
+pub(super) fn refusal(error: &reqwest::Error) -> Option<String> {
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        if let Some(refusal) = inner.downcast_ref::<Refusal>() {
+            return Some(refusal.to_string());
+        }
+        cause = inner.source();
+    }
+    None
+}
+
+fn plain_builder(rules: &Arc<Rules>) -> ClientBuilder {
+    Client::builder()
+        .redirect(reqwest::redirect::Policy::none())
+        .no_proxy()
+        .referer(false)
+        .connect_timeout(CONNECT_LIMIT)
+        .pool_idle_timeout(IDLE_LIMIT)
+        .tcp_keepalive(KEEPALIVE)
+        .tcp_nodelay(true)
+        .dns_resolver(GuardedResolver {
+            rules: Arc::clone(rules),
+        })
+}
+
+async fn resolve(
+    rules: &Rules,
+    name: &str,
+    port: u16,
+) -> Result<Addrs, Box<dyn std::error::Error + Send + Sync>> {
+    let found = tokio::net::lookup_host((name, port)).await?;
+    let mut allowed = Vec::new();
+    let mut refused = None;
+    for address in found {
+        match rules.judge(name, address) {
+            Ok(()) => allowed.push(address),
+            Err(refusal) => refused = Some(refusal),
+        }
+    }
+    match (allowed.is_empty(), refused) {
+        (false, _) => Ok(Box::new(allowed.into_iter())),
+        (true, Some(refusal)) => Err(refusal.into()),
+        (true, None) => Err(NoAddress.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_local;
+
+    #[test]
+    fn loopback_is_local_and_the_internet_is_not() {
+        assert!(is_local("127.0.0.1".parse().unwrap()));
+        assert!(is_local("127.3.4.5".parse().unwrap()));
+        assert!(!is_local("8.8.8.8".parse().unwrap()));
+        assert!(!is_local("2606:4700::1".parse().unwrap()));
+    }
+}

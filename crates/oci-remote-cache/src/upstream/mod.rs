@@ -1,0 +1,215 @@
+//! Other people's registries: one request in, one usable answer or one well-named fault out.
+//!
+//! Everything a registry makes its clients go through happens here and is over when [`Upstream::send`] returns: challenges and tokens,
+//! redirects to content hosts, retries, rate limits. What an answer means for tags, rights or the disk is decided by the floors above,
+//! and so is resuming a body that broke off: they ask again for the rest.
+
+mod auth;
+mod body;
+mod breaker;
+mod connect;
+mod credentials;
+mod error;
+mod exchange;
+mod guard;
+mod hosts;
+mod place;
+mod rate;
+mod redirect;
+mod request;
+pub mod resume;
+mod retry;
+mod token;
+mod trace;
+mod walk;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use reqwest::Certificate;
+use reqwest::header::HeaderValue;
+use url::Url;
+
+use self::auth::Learned;
+use self::body::Label;
+use self::breaker::Breaker;
+use self::connect::Reach;
+use self::error::Failure;
+use self::exchange::Wire;
+use self::guard::{Class, Rules};
+use self::place::Place;
+use self::rate::Gate;
+use self::retry::{Decision, Tries};
+use self::token::Tokens;
+use crate::clock::Clock;
+use crate::deadline::Deadline;
+use crate::metrics::{Metrics, UpstreamLabel};
+use crate::names::{CredentialId, UpstreamId};
+
+pub use self::body::{Answer, Body};
+pub use self::connect::install_crypto;
+pub use self::credentials::Credentials;
+pub use self::error::{Fault, SetupError, UpstreamError};
+pub use self::hosts::{HostError, HostOrNetwork, Network, RealmHost};
+pub use self::request::{Ask, Method, Resource};
+
+/// What an operator configured for one upstream.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Its key.
+    pub id: UpstreamId,
+    /// Where it is, up to what stands before `/v2`.
+    pub url: Url,
+    /// Other places with the same content; they are asked without credentials.
+    pub mirrors: Vec<Url>,
+    /// Who we are there.
+    pub credentials: Option<Credentials>,
+    /// Further hosts that may receive the credentials as token endpoints.
+    pub token_realms: Vec<RealmHost>,
+    /// Further hosts and networks that this upstream may send us to.
+    pub redirect_hosts: Vec<HostOrNetwork>,
+    /// Networks that every upstream may send us to.
+    pub trusted_networks: Vec<Network>,
+    /// Extra trust roots in PEM form.
+    pub ca_file: Option<PathBuf>,
+    /// Our own listeners, which are never a target.
+    pub own_addresses: Vec<SocketAddr>,
+    /// What we call ourselves.
+    pub user_agent: String,
+}
+
+/// A registry to pull from.
+pub struct Upstream {
+    id: UpstreamId,
+    places: Vec<Place>,
+    metrics: Metrics,
+}
+
+impl Upstream {
+    /// Sets an upstream up; nothing is asked yet.
+    pub fn new(settings: Settings, metrics: Metrics, clock: Clock) -> Result<Self, SetupError> {
+        let roots = match &settings.ca_file {
+            Some(path) => connect::read_roots(path)?,
+            None => Vec::new(),
+        };
+        let user_agent = HeaderValue::from_str(&settings.user_agent)
+            .map_err(|_invalid| SetupError::BadUserAgent)?;
+        let wire = Wire {
+            id: settings.id.clone(),
+            user_agent,
+            metrics: metrics.clone(),
+            clock,
+        };
+        let credentials = settings.credentials.clone().map(Arc::new);
+        let mut first = open(&settings, &settings.url, &wire, &roots)?;
+        first.credentials = credentials;
+        let mut places = vec![first];
+        for mirror in &settings.mirrors {
+            places.push(open(&settings, mirror, &wire, &roots)?);
+        }
+        Ok(Self {
+            id: settings.id,
+            places,
+            metrics,
+        })
+    }
+
+    /// The upstream's key.
+    pub fn id(&self) -> &UpstreamId {
+        &self.id
+    }
+
+    /// The configured credential, or anonymous: whose rights answers may carry.
+    pub fn credential(&self) -> CredentialId {
+        self.places
+            .first()
+            .map_or_else(CredentialId::anonymous, Place::credential)
+    }
+
+    /// How many places there are to ask: the URL and its mirrors.
+    pub fn places(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Asks, and tries again where that may help, until there is an answer, a verdict, or no time left.
+    pub async fn send(&self, ask: &Ask, deadline: Deadline) -> Result<Answer, UpstreamError> {
+        let what = ask.describe();
+        let fail = |failure| UpstreamError::new(self.id.clone(), ask.describe(), failure);
+        let Some(place) = self.places.get(ask.mirror) else {
+            let none = Fault::Connect(format!("there is no mirror {}", ask.mirror));
+            return Err(fail(none.into()));
+        };
+        let label = self.label(&what);
+        let mut tries = Tries::new();
+        let mut last: Option<Failure> = None;
+        loop {
+            let attempt = deadline.run(Box::pin(walk::attempt(place, ask, &label, deadline)));
+            let failure = match attempt.await {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(failure)) => failure,
+                Err(_late) => Fault::Late.into(),
+            };
+            // Tries that opened the breaker themselves are better explained by what they met.
+            let failure = match (failure.fault, last.take()) {
+                (Fault::BreakerOpen { .. }, Some(met)) => return Err(fail(met)),
+                (fault, _) => Failure { fault, ..failure },
+            };
+            match tries.after(&failure, deadline.remaining()) {
+                Decision::GiveUp => return Err(fail(failure)),
+                Decision::Again(pause) => tokio::time::sleep(pause).await,
+            }
+            last = Some(failure);
+        }
+    }
+
+    fn label(&self, what: &str) -> Label {
+        let upstream = UpstreamLabel {
+            upstream: self.id.as_str().to_owned(),
+        };
+        let counter = self.metrics.upstream_bytes.get_or_create(&upstream).clone();
+        Label {
+            upstream: self.id.clone(),
+            what: what.into(),
+            counter,
+        }
+    }
+}
+
+impl fmt::Debug for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Upstream").field(&self.id).finish()
+    }
+}
+
+/// The place at `url`, without credentials.
+fn open(
+    settings: &Settings,
+    url: &Url,
+    wire: &Wire,
+    roots: &[Certificate],
+) -> Result<Place, SetupError> {
+    place::check_base(url)?;
+    let port = url.port_or_known_default().unwrap_or_default();
+    let rules = Rules {
+        // Found out when the host is resolved; until then the strictest.
+        class: Class::Public,
+        own: (guard::host_text(url), port),
+        named: settings.redirect_hosts.clone(),
+        trusted: settings.trusted_networks.clone(),
+        listeners: settings.own_addresses.clone(),
+        is_local: connect::is_local,
+    };
+    Ok(Place {
+        url: url.clone(),
+        credentials: None,
+        token_realms: settings.token_realms.clone(),
+        wire: wire.clone(),
+        reach: Reach::new(rules, roots.to_vec()),
+        learned: Learned::new(),
+        tokens: Tokens::default(),
+        gate: Gate::default(),
+        breaker: Breaker::default(),
+    })
+}

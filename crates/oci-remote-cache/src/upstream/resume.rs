@@ -1,0 +1,310 @@
+//! A blob's bytes from an upstream, unbroken: what breaks is reopened at its offset behind the reader's back.
+//!
+//! A body that resets, ends short, stalls or whose signed URL died is asked for again from where it stopped, as a closed range (several
+//! registries answer open-ended ones with 416 or with everything). What comes back must fit: offset, total and validator. Tries count
+//! only while no byte comes; configured mirrors take turns.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use oci::{AnyDigest, RepositoryName, Slice};
+use tokio::time::{Instant, sleep_until};
+
+use super::{Answer, Ask, Body, Fault, Method, Resource, Upstream, UpstreamError};
+use crate::deadline::Deadline;
+use crate::names::CredentialId;
+
+/// Tries in a row that may bring no byte.
+const TRIES: u32 = 5;
+
+/// Longest wait between two tries.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Which blob of which repository.
+#[derive(Clone, Debug)]
+pub struct BlobAsk {
+    /// Where it is asked for.
+    pub upstream: Arc<Upstream>,
+    /// In whose name.
+    pub repository: RepositoryName,
+    /// Which bytes.
+    pub digest: AnyDigest,
+}
+
+/// The bytes of a blob, or of a range of it, in order.
+#[derive(Debug)]
+pub struct BlobStream {
+    ask: BlobAsk,
+    position: u64,
+    end: Option<u64>,
+    total: Option<u64>,
+    validator: Option<String>,
+    credential: CredentialId,
+    body: Option<Body>,
+    skip: u64,
+    failures: u32,
+    place: usize,
+    trouble: Option<UpstreamError>,
+    not_before: Option<Instant>,
+}
+
+impl BlobAsk {
+    fn ask(&self, range: Option<Slice>, mirror: usize) -> Ask {
+        Ask {
+            repository: self.repository.clone(),
+            resource: Resource::Blob(self.digest.clone()),
+            method: Method::Get,
+            range,
+            accept: None,
+            mirror,
+        }
+    }
+
+    /// Opens the blob: all of it by a plain GET, or `range` of it. The size is known from here on, unless the upstream does not tell.
+    pub async fn open(self, range: Option<Slice>, deadline: Deadline) -> Result<BlobStream, UpstreamError> {
+        let places = self.upstream.places();
+        let mut place = 0;
+        let answer = loop {
+            match self.upstream.send(&self.ask(range, place), deadline).await {
+                Ok(answer) => break answer,
+                Err(error) if place + 1 >= places => return Err(error),
+                Err(error) => tracing::warn!(%error, "asking the next mirror"),
+            }
+            place += 1;
+        };
+        let credential = answer.credential().clone();
+        let mut stream = BlobStream {
+            position: range.map_or(0, |range| range.start),
+            end: None,
+            total: None,
+            validator: answer.etag().map(str::to_owned),
+            credential,
+            body: None,
+            skip: 0,
+            failures: 0,
+            place,
+            trouble: None,
+            not_before: None,
+            ask: self,
+        };
+        let end = range.map(|range| range.end);
+        stream.accept(answer)?;
+        stream.end = match (end, stream.total) {
+            (Some(end), Some(total)) => Some(end.min(total)),
+            (end, total) => end.or(total),
+        };
+        Ok(stream)
+    }
+
+    /// A stream of `slice` of a blob of `total` bytes that is opened when its first byte is wanted.
+    pub fn later(self, slice: Slice, total: u64, validator: Option<String>) -> BlobStream {
+        BlobStream {
+            position: slice.start,
+            end: Some(slice.end),
+            total: Some(total),
+            validator,
+            credential: CredentialId::anonymous(),
+            body: None,
+            skip: 0,
+            failures: 0,
+            place: 0,
+            trouble: None,
+            not_before: None,
+            ask: self,
+        }
+    }
+}
+
+impl BlobStream {
+    /// The blob's size in bytes, once the upstream told.
+    pub fn total(&self) -> Option<u64> {
+        self.total
+    }
+
+    /// Offset of the next byte.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Where the stream ends, exclusive, once that is known.
+    pub fn end(&self) -> Option<u64> {
+        self.end
+    }
+
+    /// Whose rights the upstream's last answer was given for.
+    pub fn credential(&self) -> &CredentialId {
+        &self.credential
+    }
+
+    /// The strong validator of the first answer.
+    pub fn validator(&self) -> Option<&str> {
+        self.validator.as_deref()
+    }
+
+    /// Ends the stream before `end`, if it would have gone further.
+    pub fn stop_at(&mut self, end: u64) {
+        self.end = Some(self.end.map_or(end, |before| before.min(end)));
+    }
+
+    /// The next bytes; `None` at the end. Waits through as many reopenings as it takes, until [`TRIES`] in a row brought nothing.
+    ///
+    /// Dropping the future loses no bytes, but may lose a reopening that was under way.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, UpstreamError> {
+        loop {
+            if self.end.is_some_and(|end| self.position >= end) {
+                return Ok(None);
+            }
+            match self.step().await {
+                Ok(Step::Bytes(bytes)) => return Ok(Some(bytes)),
+                Ok(Step::Again) => {}
+                Ok(Step::End) => return Ok(None),
+                Err(error) => self.stumble(error)?,
+            }
+        }
+    }
+
+    /// The next bytes, if they are there already: never waits and never reopens. What went wrong is told by [`BlobStream::next`].
+    pub fn ready(&mut self) -> Option<Bytes> {
+        loop {
+            if self.end.is_some_and(|end| self.position >= end) || self.trouble.is_some() {
+                return None;
+            }
+            match self.body.as_mut()?.chunk().now_or_never()? {
+                Ok(Some(bytes)) => match self.take(bytes) {
+                    Step::Bytes(bytes) => return Some(bytes),
+                    Step::Again | Step::End => {}
+                },
+                Ok(None) => return None,
+                Err(error) => self.trouble = Some(error),
+            }
+        }
+    }
+
+    async fn step(&mut self) -> Result<Step, UpstreamError> {
+        if let Some(trouble) = self.trouble.take() {
+            return Err(trouble);
+        }
+        let Some(body) = self.body.as_mut() else {
+            self.reopen().await?;
+            return Ok(Step::Again);
+        };
+        match body.chunk().await? {
+            Some(bytes) => Ok(self.take(bytes)),
+            None if self.end.is_none() => {
+                self.end = Some(self.position);
+                self.total = Some(self.position);
+                Ok(Step::End)
+            }
+            None => Err(self.broken("the body ended before its end")),
+        }
+    }
+
+    /// Counts bytes in, dropping those before our offset (an upstream that ignored our range) and those past our end.
+    fn take(&mut self, mut bytes: Bytes) -> Step {
+        let skipped = self.skip.min(bytes.len() as u64);
+        self.skip -= skipped;
+        drop(bytes.split_to(usize::try_from(skipped).unwrap_or(bytes.len())));
+        let room = self.end.map_or(u64::MAX, |end| end - self.position);
+        bytes.truncate(usize::try_from(room).unwrap_or(usize::MAX));
+        if bytes.is_empty() {
+            return Step::Again;
+        }
+        self.position += bytes.len() as u64;
+        self.failures = 0;
+        Step::Bytes(bytes)
+    }
+
+    async fn reopen(&mut self) -> Result<(), UpstreamError> {
+        if let Some(moment) = self.not_before {
+            sleep_until(moment).await;
+            self.not_before = None;
+        }
+        let range = self.end.map(|end| Slice { start: self.position, end });
+        let ask = self.ask.ask(range, self.place);
+        let answer = self.ask.upstream.send(&ask, Deadline::for_answer()).await?;
+        self.accept(answer)
+    }
+
+    /// Takes an answer as the continuation at our offset, if it is one.
+    fn accept(&mut self, answer: Answer) -> Result<(), UpstreamError> {
+        let (start, total) = match (answer.status(), answer.content_range()) {
+            (206, Some(range)) => (range.slice.start, range.total),
+            (206, None) => return Err(self.broken("a 206 without Content-Range")),
+            _ => (0, answer.content_length()),
+        };
+        if start > self.position || (answer.status() == 206 && start != self.position) {
+            return Err(self.broken("another range than the one asked for"));
+        }
+        if let (Some(known), Some(told)) = (self.total, total)
+            && known != told
+        {
+            return Err(self.broken("another total length than before"));
+        }
+        if let (Some(known), Some(told)) = (self.validator.as_deref(), answer.etag())
+            && known != told
+        {
+            return Err(self.broken("another ETag than before"));
+        }
+        self.total = self.total.or(total);
+        self.skip = self.position - start;
+        self.credential = answer.credential().clone();
+        self.body = Some(answer.into_body());
+        Ok(())
+    }
+
+    /// Notes a failed try; `Err` when there were too many, or when trying again cannot help.
+    fn stumble(&mut self, error: UpstreamError) -> Result<(), UpstreamError> {
+        self.body = None;
+        self.failures += 1;
+        let places = self.ask.upstream.places();
+        let refused = matches!(error.fault(), Fault::Denied { .. } | Fault::NotFound { .. } | Fault::RangeRefused);
+        if self.failures > TRIES || (refused && places == 1) {
+            return Err(error);
+        }
+        self.place = (self.place + 1) % places;
+        self.not_before = Some(Instant::now() + pause(self.failures, error.retry_after()));
+        tracing::info!(%error, position = self.position, failures = self.failures, "a blob broke off; going on from there");
+        Ok(())
+    }
+
+    fn broken(&self, what: &str) -> UpstreamError {
+        self.ask.upstream.broken(&self.ask.ask(None, self.place), what)
+    }
+}
+
+impl Upstream {
+    /// The error for an answer that is none.
+    pub fn broken(&self, ask: &Ask, what: &str) -> UpstreamError {
+        UpstreamError::new(self.id.clone(), ask.describe(), Fault::Broken(what.to_owned()).into())
+    }
+}
+
+enum Step {
+    Bytes(Bytes),
+    Again,
+    End,
+}
+
+/// How long to wait before try number `failures` without progress: none before the first, then doubling from 100 ms.
+fn pause(failures: u32, retry_after: Option<Duration>) -> Duration {
+    let doubling = match failures {
+        0 | 1 => Duration::ZERO,
+        more => Duration::from_millis(100 << more.min(8)),
+    };
+    doubling.max(retry_after.unwrap_or_default()).min(LONGEST_PAUSE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_try_does_not_wait() {
+        assert_eq!(pause(1, None), Duration::ZERO);
+        assert!(pause(2, None) > pause(1, None));
+        assert_eq!(pause(1, Some(Duration::from_secs(2))), Duration::from_secs(2));
+        assert_eq!(pause(5, Some(Duration::from_secs(900))), LONGEST_PAUSE);
+    }
+}

@@ -1,0 +1,37 @@
+//! Front-door tests: the real binary, asked over sockets by a raw client, in front of a registry that does as it is told.
+//!
+//! One file for each promise. A test asserts what the client saw, which files the store holds, and which requests the upstream got; the
+//! last is what a cache is for.
+
+#[cfg(test)]
+mod archive;
+#[cfg(test)]
+mod cli;
+#[cfg(test)]
+mod contract;
+#[cfg(test)]
+mod durable;
+#[cfg(test)]
+mod exact;
+#[cfg(test)]
+mod explains;
+#[cfg(test)]
+mod floors;
+#[cfg(test)]
+mod never_worse;
+#[cfg(test)]
+mod once;
+#[cfg(test)]
+mod redirects;
+#[cfg(test)]
+mod routing;
+#[cfg(test)]
+mod stage;
+#[cfg(test)]
+mod start;
+#[cfg(test)]
+mod tight;
+#[cfg(test)]
+mod unbroken;
+#[cfg(test)]
+mod upstream_auth;

@@ -1,0 +1,58 @@
+//! Descriptors: how a manifest names what belongs to it.
+//!
+//! A descriptor is read leniently: one that cannot be read is skipped by [`crate::ManifestView`], because the manifest's
+//! bytes are served as they are and what is read here only serves to look ahead.
+
+use crate::digest::AnyDigest;
+use crate::json::Node;
+use crate::media_type::MediaType;
+
+/// A reference from a manifest to a blob or to another manifest. Its `urls` and `data` are never read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// The digest of the content.
+    pub digest: AnyDigest,
+    /// The length of the content in bytes.
+    pub size: u64,
+    /// The type of the content, if it is said and legal.
+    pub media_type: Option<MediaType>,
+    /// What machine the content is for; found in an index.
+    pub platform: Option<Platform>,
+    /// What kind of artifact the content is; found in an index.
+    pub artifact_type: Option<String>,
+}
+
+/// The machine an image is for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Platform {
+    /// The operating system, in Go's spelling.
+    pub os: String,
+    /// The processor, in Go's spelling.
+    pub architecture: String,
+    /// The processor's variant, such as `v8`.
+    pub variant: Option<String>,
+}
+
+impl Descriptor {
+    pub(crate) fn read(node: &Node) -> Option<Self> {
+        Some(Self {
+            digest: node.text("digest")?.parse().ok()?,
+            size: node.number("size")?,
+            media_type: node
+                .text("mediatype")
+                .and_then(|text| MediaType::parse(text).ok()),
+            platform: node.get("platform").and_then(Platform::read),
+            artifact_type: node.text("artifacttype").map(str::to_owned),
+        })
+    }
+}
+
+impl Platform {
+    fn read(node: &Node) -> Option<Self> {
+        Some(Self {
+            os: node.text("os")?.to_owned(),
+            architecture: node.text("architecture")?.to_owned(),
+            variant: node.text("variant").map(str::to_owned),
+        })
+    }
+}

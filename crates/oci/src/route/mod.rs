@@ -1,0 +1,335 @@
+//! Request paths: which endpoint of the distribution specification is meant, and for what.
+//!
+//! Repositories may be called `a/blobs/b`, `manifests` or `tags/list`, so a path is read from its right end. Percent
+//! escapes are decoded once, and only those that can occur in a legal path. Every path is either read whole or refused;
+//! none is normalised. Methods, and which upstream a name belongs to, are the caller's business.
+
+use std::borrow::Cow;
+
+use crate::digest::{AnyDigest, DigestError};
+use crate::error::ErrorCode;
+use crate::name::{NameError, NamePath, is_key};
+use crate::reference::{Reference, ReferenceError};
+
+/// Longest page asked for: ECR refuses more.
+const PAGE_LIMIT: u32 = 1000;
+/// Longest `ns`, `last` and `artifactType`.
+const VALUE_LIMIT: usize = 256;
+/// Longest opaque page token; Quay's are some hundred bytes long.
+const TOKEN_LIMIT: usize = 2048;
+
+/// What a request path asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// The key in `/<key>/v2/…`: Docker and containerd put a mirror's path in front.
+    pub prefix: Option<String>,
+    /// The `ns` parameter: the registry that containerd means when it asks a mirror.
+    pub namespace: Option<String>,
+    /// The endpoint.
+    pub target: Target,
+}
+
+/// An endpoint of the distribution specification.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The ping, `/v2/`.
+    Base,
+    /// A manifest.
+    Manifest {
+        /// Where.
+        name: NamePath,
+        /// By what.
+        reference: Reference,
+    },
+    /// A blob.
+    Blob {
+        /// Where.
+        name: NamePath,
+        /// Which.
+        digest: AnyDigest,
+    },
+    /// The list of tags.
+    Tags {
+        /// Where.
+        name: NamePath,
+        /// What part of the list.
+        page: Page,
+    },
+    /// The manifests that refer to one.
+    Referrers {
+        /// Where.
+        name: NamePath,
+        /// The manifest referred to.
+        digest: AnyDigest,
+        /// The kind of artifact wanted.
+        artifact_type: Option<String>,
+        /// What part of the list.
+        page: Page,
+    },
+    /// The list of repositories.
+    Catalog {
+        /// What part of the list.
+        page: Page,
+    },
+}
+
+/// What part of a list is asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Page {
+    /// At most so many entries; never more than 1000.
+    pub n: Option<u32>,
+    /// Only entries after this one.
+    pub last: Option<String>,
+    /// Quay's opaque `next_page`.
+    pub next: Option<String>,
+}
+
+/// Why a path is no route.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RouteError {
+    /// The path does not lie below `/v2/`.
+    #[error("this path is not part of the registry API, which lies below /v2/")]
+    NotApi,
+    /// The path starts with `/v2/v2/`, as containerd makes it from a host with a path and no `override_path`.
+    #[error(
+        "the path holds /v2 twice: probably override_path is missing or wrong in the client's hosts.toml"
+    )]
+    DoubledV2,
+    /// The path lies below `/v2/` but is no endpoint.
+    #[error("the registry API has no such endpoint")]
+    Unknown,
+    /// The name is illegal.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// The tag is illegal.
+    #[error(transparent)]
+    Tag(ReferenceError),
+    /// The digest is illegal.
+    #[error(transparent)]
+    Digest(#[from] DigestError),
+    /// The page parameters are illegal.
+    #[error("cannot page by {0}")]
+    Page(String),
+    /// The path or a parameter is written in a way that is never needed.
+    #[error("cannot read the request: {0}")]
+    Encoding(String),
+}
+
+impl Route {
+    /// Reads a request path and query, both as they stand in the request line.
+    pub fn parse(path: &str, query: Option<&str>) -> Result<Self, RouteError> {
+        let (prefix, rest) = split_prefix(path).ok_or(RouteError::NotApi)?;
+        let rest = decode_path(rest)?;
+        let query = Query(query.unwrap_or_default());
+        let target = Target::read(&rest, query)?;
+        Ok(Self {
+            prefix,
+            namespace: query.text("ns", VALUE_LIMIT)?,
+            target,
+        })
+    }
+}
+
+impl Target {
+    fn read(rest: &str, query: Query<'_>) -> Result<Self, RouteError> {
+        match rest {
+            "" => return Ok(Self::Base),
+            "_catalog" => {
+                return Ok(Self::Catalog {
+                    page: query.page()?,
+                });
+            }
+            _ => {}
+        }
+        let (name, verb, last) = split_end(rest).ok_or_else(|| no_endpoint(rest))?;
+        match (verb, last) {
+            ("manifests" | "blobs" | "referrers", _) | ("tags", "list") => {}
+            _ => return Err(no_endpoint(rest)),
+        }
+        // A repository called plain `v2` can be asked for; one below `v2/` cannot be told from the mistake.
+        if name.starts_with("v2/") {
+            return Err(RouteError::DoubledV2);
+        }
+        let name = name.parse()?;
+        match verb {
+            "manifests" => Ok(Self::Manifest {
+                name,
+                reference: read_reference(last)?,
+            }),
+            "blobs" => Ok(Self::Blob {
+                name,
+                digest: last.parse()?,
+            }),
+            "referrers" => Ok(Self::Referrers {
+                name,
+                digest: last.parse()?,
+                artifact_type: query.text("artifactType", VALUE_LIMIT)?,
+                page: query.page()?,
+            }),
+            _ => Ok(Self::Tags {
+                name,
+                page: query.page()?,
+            }),
+        }
+    }
+}
+
+impl RouteError {
+    /// The code for the error body.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::NotApi | Self::Unknown => ErrorCode::Unsupported,
+            Self::DoubledV2 => ErrorCode::NameUnknown,
+            Self::Name(_) | Self::Encoding(_) => ErrorCode::NameInvalid,
+            Self::Tag(_) => ErrorCode::ManifestUnknown,
+            Self::Digest(_) => ErrorCode::DigestInvalid,
+            Self::Page(_) => ErrorCode::PageInvalid,
+        }
+    }
+
+    /// The status to answer with. A tag that is illegal cannot exist, and 404 is what clients probing for tags expect.
+    pub fn status(&self) -> u16 {
+        match self {
+            Self::NotApi | Self::DoubledV2 | Self::Unknown | Self::Tag(_) => 404,
+            Self::Name(_) | Self::Digest(_) | Self::Page(_) | Self::Encoding(_) => 400,
+        }
+    }
+}
+
+/// Splits `/v2/<rest>` and `/<key>/v2/<rest>`; `/v2` without a slash is pinged too.
+fn split_prefix(path: &str) -> Option<(Option<String>, &str)> {
+    let path = path.strip_prefix('/')?;
+    if let Some(rest) = below_v2(path) {
+        return Some((None, rest));
+    }
+    let (key, path) = path.split_once('/')?;
+    let rest = below_v2(path)?;
+    let key = decode_path(key).ok()?;
+    is_key(&key).then(|| (Some(key.into_owned()), rest))
+}
+
+fn below_v2(path: &str) -> Option<&str> {
+    let rest = path.strip_prefix("v2")?;
+    if rest.is_empty() {
+        Some(rest)
+    } else {
+        rest.strip_prefix('/')
+    }
+}
+
+/// Splits off the last two segments: `<name>/<verb>/<last>`.
+fn split_end(rest: &str) -> Option<(&str, &str, &str)> {
+    let (head, last) = rest.rsplit_once('/')?;
+    let (name, verb) = head.rsplit_once('/')?;
+    Some((name, verb, last))
+}
+
+fn no_endpoint(rest: &str) -> RouteError {
+    if below_v2(rest).is_some() {
+        RouteError::DoubledV2
+    } else {
+        RouteError::Unknown
+    }
+}
+
+fn read_reference(text: &str) -> Result<Reference, RouteError> {
+    text.parse().map_err(|error| match error {
+        ReferenceError::Digest(error) => RouteError::Digest(error),
+        error @ (ReferenceError::TagEmpty
+        | ReferenceError::TagTooLong
+        | ReferenceError::TagCharacter(_)) => RouteError::Tag(error),
+    })
+}
+
+/// A raw query; read by scanning, since most requests carry `ns` at most.
+#[derive(Clone, Copy)]
+struct Query<'a>(&'a str);
+
+impl<'a> Query<'a> {
+    /// The first value of this name, raw; empty counts as absent.
+    fn raw(self, name: &str) -> Option<&'a str> {
+        self.0
+            .split('&')
+            .filter_map(|pair| pair.split_once('='))
+            .find(|(key, _)| *key == name)
+            .map(|(_, value)| value)
+            .filter(|value| !value.is_empty())
+    }
+
+    fn text(self, name: &str, limit: usize) -> Result<Option<String>, RouteError> {
+        let Some(raw) = self.raw(name) else {
+            return Ok(None);
+        };
+        decode_value(raw, limit)
+            .map(Some)
+            .ok_or_else(|| RouteError::Encoding(format!("illegal value of `{name}`")))
+    }
+
+    fn page(self) -> Result<Page, RouteError> {
+        let text = |name: &str, limit| match self.raw(name) {
+            None => Ok(None),
+            Some(raw) => decode_value(raw, limit)
+                .map(Some)
+                .ok_or_else(|| RouteError::Page(format!("this value of `{name}`"))),
+        };
+        Ok(Page {
+            n: self.number()?,
+            last: text("last", VALUE_LIMIT)?,
+            next: text("next_page", TOKEN_LIMIT)?,
+        })
+    }
+
+    fn number(self) -> Result<Option<u32>, RouteError> {
+        let Some(raw) = self.raw("n") else {
+            return Ok(None);
+        };
+        if !raw.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(RouteError::Page("an `n` that is not a number".to_owned()));
+        }
+        Ok(Some(raw.parse().unwrap_or(PAGE_LIMIT).min(PAGE_LIMIT)))
+    }
+}
+
+/// Decodes a path once. `%3A` occurs in digests, and unreserved characters mean the same when escaped (RFC 3986,
+/// section 2.3); nothing else is ever escaped in a legal path.
+fn decode_path(text: &str) -> Result<Cow<'_, str>, RouteError> {
+    if !text.contains('%') {
+        return Ok(Cow::Borrowed(text));
+    }
+    unescape(text, is_path_byte)
+        .and_then(|bytes| String::from_utf8(bytes).ok())
+        .map(Cow::Owned)
+        .ok_or_else(|| {
+            RouteError::Encoding(
+                "the path holds a percent escape that no legal path needs".to_owned(),
+            )
+        })
+}
+
+/// Decodes a query value. A plus stays a plus: no legal value holds a space, while media types do hold pluses.
+fn decode_value(raw: &str, limit: usize) -> Option<String> {
+    let text = String::from_utf8(unescape(raw, |_| true)?).ok()?;
+    (text.len() <= limit && !text.chars().any(char::is_control)).then_some(text)
+}
+
+fn is_path_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~' | b':')
+}
+
+fn unescape(text: &str, admits: fn(u8) -> bool) -> Option<Vec<u8>> {
+    let mut parts = text.split('%');
+    let mut bytes = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        let (code, plain) = part.split_at_checked(2)?;
+        let digits = code.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let byte = u8::from_str_radix(code, 16)
+            .ok()
+            .filter(|byte| digits && admits(*byte))?;
+        bytes.push(byte);
+        bytes.extend_from_slice(plain.as_bytes());
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests;
