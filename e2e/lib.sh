@@ -302,7 +302,7 @@ TOML
 cache_start() {
   CACHE=127.0.0.1:$PORT_cache
   CACHE_DIR=$(mktemp -d "$E2E_WORK/cache.XXXXXX")
-  cache_config "$CACHE_DIR" >"$CACHE_DIR.toml"
+  (umask 077 && cache_config "$CACHE_DIR" >"$CACHE_DIR.toml") # it holds a password
   start_server cache "http://$CACHE/healthz" "$E2E_BIN" serve --config "$CACHE_DIR.toml"
 }
 cache_stop() { stop cache; }

@@ -43,9 +43,8 @@ warm() { # KIND
   same "$1: by digest, upstream stopped" "$(inspect_raw "$1" "@$(index_digest v1)" | digest_of)" "$(index_digest v1)"
 }
 
-cache_status() { # KIND: of a layer's answer
-  curl -sI "http://$CACHE/v2/$1.test/$REPO/blobs/$(digests v1 "$(own_arch)" | tail -n 1)" | tr -d '\r' |
-    sed -n 's/^cache-status: //Ip'
+cache_status() { # KIND PATH
+  curl -sI "http://$CACHE/v2/$1.test/$REPO/$2" | tr -d '\r' | sed -n 's/^cache-status: //Ip'
 }
 
 cache_start
@@ -55,7 +54,10 @@ token_expiry
 same "tags" "$(skopeo list-tags --tls-verify=false "docker://$CACHE/anon.test/$REPO" | jq -c '.Tags | sort')" '["v1","v2"]'
 upstream_stop $KINDS
 for kind in $KINDS; do warm "$kind"; done
-same "Cache-Status of a layer" "$(cache_status anon)" "oci-remote-cache; hit"
+same "anon: a layer's Cache-Status" "$(cache_status anon "blobs/$(digests v1 all | tail -n 1)")" "oci-remote-cache; hit"
+same "anon: Cache-Status of a tag inside tag_ttl" "$(cache_status anon manifests/v1)" "oci-remote-cache; hit"
+same "redirect: Cache-Status of a tag past tag_ttl" "$(cache_status redirect manifests/v1 | cut -d ';' -f 1,2)" \
+  "oci-remote-cache; fwd=stale"
 check_store "after all" v1 all
 check_store "after all, v2" v2 all
 exit 0

@@ -10,8 +10,8 @@ use std::time::Duration;
 use oci::Digest;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::admin::health::{self, Readiness};
 use crate::admin::Admin;
+use crate::admin::health::{self, Readiness};
 use crate::cache::freshness::Rules;
 use crate::cache::{Cache, Origin};
 use crate::cli::ls::Row;
@@ -90,14 +90,31 @@ impl App {
             max_blob: config.cache.max_blob,
         };
         let store = Store::open(settings, clock.clone(), metrics.clone(), tasks.clone()).await?;
-        let fills =
-            Fills::new(store.clone(), metrics.clone(), tasks.clone(), Connections::default());
-        let cache = Cache::new(store.clone(), fills, origins, (clock, metrics.clone(), tasks.clone()));
+        let fills = Fills::new(
+            store.clone(),
+            metrics.clone(),
+            tasks.clone(),
+            Connections::default(),
+        );
+        let cache = Cache::new(
+            store.clone(),
+            fills,
+            origins,
+            (clock, metrics.clone(), tasks.clone()),
+        );
         let readiness: Readiness = Arc::new(move || store.condition().into_iter().collect());
         let admin = Admin::new(metrics.clone(), Arc::clone(&readiness));
         let aside = Box::new(move |path: &str| health::answer(path, &readiness));
         let registry = Registry::new(cache, names(&config), aside);
-        Ok(Self { clients, operators, registry: Arc::new(registry), admin: Arc::new(admin), limits, metrics, tasks })
+        Ok(Self {
+            clients,
+            operators,
+            registry: Arc::new(registry),
+            admin: Arc::new(admin),
+            limits,
+            metrics,
+            tasks,
+        })
     }
 
     /// Where clients connect.
@@ -109,11 +126,26 @@ impl App {
     pub async fn run(self) -> Result<(), StartError> {
         let mut signals = Signals::new()?;
         let tasks = self.tasks.clone();
-        let admin_limits = Limits { connections: ADMIN_CONNECTIONS, ..self.limits };
+        let admin_limits = Limits {
+            connections: ADMIN_CONNECTIONS,
+            ..self.limits
+        };
         let doors = async {
             tokio::try_join!(
-                serve(self.clients, self.registry, self.limits, tasks.clone(), self.metrics.clone()),
-                serve(self.operators, self.admin, admin_limits, tasks.clone(), Metrics::new()),
+                serve(
+                    self.clients,
+                    self.registry,
+                    self.limits,
+                    tasks.clone(),
+                    self.metrics.clone()
+                ),
+                serve(
+                    self.operators,
+                    self.admin,
+                    admin_limits,
+                    tasks.clone(),
+                    Metrics::new()
+                ),
             )
         };
         let ended = async {
@@ -145,7 +177,10 @@ struct Signals {
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
     }
 
     async fn next(&mut self) {
@@ -178,21 +213,39 @@ fn origins(
         .map(|upstream| {
             let settings = settings(config, upstream, own)?;
             let id = settings.id.clone();
-            let rules = Rules { tag_ttl: upstream.tag_ttl, negative_ttl: upstream.negative_ttl };
+            let rules = Rules {
+                tag_ttl: upstream.tag_ttl,
+                negative_ttl: upstream.negative_ttl,
+            };
             let made = Upstream::new(settings, metrics.clone(), clock.clone());
-            let upstream =
-                made.map_err(|error| StartError::Upstream { key: upstream.key.clone(), error })?;
-            Ok((id, Origin { upstream: Arc::new(upstream), rules }))
+            let upstream = made.map_err(|error| StartError::Upstream {
+                key: upstream.key.clone(),
+                error,
+            })?;
+            Ok((
+                id,
+                Origin {
+                    upstream: Arc::new(upstream),
+                    rules,
+                },
+            ))
         })
         .collect()
 }
 
-fn settings(config: &Config, upstream: &UpstreamConfig, own: &[SocketAddr]) -> Result<Settings, HostError> {
-    let credentials = upstream.credentials.as_ref().map(|credentials| Credentials {
-        id: CredentialId::configured(&credentials.username),
-        username: credentials.username.clone(),
-        password: credentials.password.clone(),
-    });
+fn settings(
+    config: &Config,
+    upstream: &UpstreamConfig,
+    own: &[SocketAddr],
+) -> Result<Settings, HostError> {
+    let credentials = upstream
+        .credentials
+        .as_ref()
+        .map(|credentials| Credentials {
+            id: CredentialId::configured(&credentials.username),
+            username: credentials.username.clone(),
+            password: credentials.password.clone(),
+        });
     Ok(Settings {
         id: UpstreamId::new(&upstream.key),
         url: upstream.url.clone(),
@@ -214,7 +267,9 @@ fn parsed<T: FromStr>(texts: &[String]) -> Result<Vec<T>, T::Err> {
 /// Runs a cache until it is told to stop: the command `serve`.
 pub fn serve_blocking(config: Config) -> Result<(), String> {
     crate::upstream::install_crypto();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build();
     let runtime = runtime.map_err(|error| format!("cannot start the runtime: {error}"))?;
     let served = runtime.block_on(async { App::start(config, Clock::system()).await?.run().await });
     // Work on the blocking pool that is still under way after the drain is left behind: recovery knows what to do with it.
@@ -225,13 +280,17 @@ pub fn serve_blocking(config: Config) -> Result<(), String> {
 /// What the cache in `folder` holds: the command `ls`. It only reads, also beside a running server.
 pub fn list(folder: &Path) -> Result<Vec<Row>, String> {
     let layout = Layout::peek(folder).map_err(|error| error.to_string())?;
-    let catalog = Catalog::peek(&layout.catalog_path(), &Metrics::new()).map_err(|error| error.to_string())?;
+    let catalog = Catalog::peek(&layout, &Metrics::new()).map_err(|error| error.to_string())?;
     let tags = catalog.tags().map_err(|error| error.to_string())?;
     let holdings = catalog.holdings().map_err(|error| error.to_string())?;
     let now = Clock::system().now();
-    let tagged: HashSet<(Source, Digest)> = tags.iter().map(|tag| (tag.source.clone(), tag.digest)).collect();
+    let tagged: HashSet<(Source, Digest)> = tags
+        .iter()
+        .map(|tag| (tag.source.clone(), tag.digest))
+        .collect();
     let untagged = holdings.into_iter().filter(|held| {
-        held.last_used.is_some() && !tagged.contains(&(held.membership.source.clone(), held.membership.digest))
+        held.last_used.is_some()
+            && !tagged.contains(&(held.membership.source.clone(), held.membership.digest))
     });
     let tags = tags.iter().map(|tag| Row {
         upstream: tag.source.upstream.to_string(),
@@ -247,7 +306,10 @@ pub fn list(folder: &Path) -> Result<Vec<Row>, String> {
         repository: held.membership.source.repository.to_string(),
         tag: None,
         digest: held.membership.digest.to_string(),
-        media_type: held.media_type.map(|media_type| media_type.to_string()).unwrap_or_default(),
+        media_type: held
+            .media_type
+            .map(|media_type| media_type.to_string())
+            .unwrap_or_default(),
         size: held.size.unwrap_or_default(),
         age: held.last_used.unwrap_or_default().age(now),
     });

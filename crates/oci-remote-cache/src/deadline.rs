@@ -32,6 +32,7 @@ impl Deadline {
     }
 
     /// The earlier of this deadline and `limit` from now.
+    #[must_use]
     pub fn at_most(self, limit: Duration) -> Self {
         self.min(Self::after(limit))
     }

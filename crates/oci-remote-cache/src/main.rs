@@ -6,5 +6,11 @@ use oci_remote_cache::app;
 use oci_remote_cache::cli::{self, Actions};
 
 fn main() -> ExitCode {
-    cli::run(std::env::args_os(), &Actions { serve: app::serve_blocking, list: app::list })
+    cli::run(
+        std::env::args_os(),
+        &Actions {
+            serve: app::serve_blocking,
+            list: app::list,
+        },
+    )
 }

@@ -67,3 +67,56 @@ impl fmt::Debug for Admin {
         f.debug_struct("Admin").finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use hyper::header::CONTENT_TYPE;
+    use hyper::{Method, Request, Response};
+
+    use super::{Admin, Readiness};
+    use crate::http::body::{Body, ReadBody};
+    use crate::metrics::Metrics;
+    use crate::tasks::Tasks;
+    use http_body_util::BodyExt as _;
+
+    async fn ask(admin: &Admin, method: Method, path: &str) -> (u16, String, String) {
+        let mut request = Request::new(());
+        *request.method_mut() = method;
+        *request.uri_mut() = path.parse().unwrap();
+        let response: Response<Body> = admin.answer(&request.into_parts().0);
+        let (head, body) = response.into_parts();
+        let body = ReadBody::new(body, Tasks::new()).collect().await.unwrap();
+        let body = String::from_utf8(body.to_bytes().to_vec()).unwrap();
+        let content_type = head.headers[CONTENT_TYPE].to_str().unwrap().to_owned();
+        (head.status.as_u16(), content_type, body)
+    }
+
+    #[tokio::test]
+    async fn operators_see_health_and_metrics_and_nothing_else() {
+        let readiness: Readiness = Arc::new(|| vec!["the cache folder is full".to_owned()]);
+        let ill = Admin::new(Metrics::new(), readiness);
+        let well = Admin::new(Metrics::new(), Arc::new(Vec::new));
+        let (status, _, body) = ask(&ill, Method::GET, "/healthz").await;
+        assert_eq!((status, body.as_str()), (200, "ok\n"));
+        let (status, content_type, body) = ask(&ill, Method::GET, "/readyz").await;
+        assert_eq!((status, content_type.as_str()), (503, "application/json"));
+        assert_eq!(
+            body,
+            r#"{"status":"not ready","reasons":["the cache folder is full"]}"#
+        );
+        let (status, _, body) = ask(&well, Method::GET, "/readyz?verbose").await;
+        assert_eq!(
+            (status, body.as_str()),
+            (200, r#"{"status":"ready","reasons":[]}"#)
+        );
+        let (status, content_type, body) = ask(&well, Method::GET, "/metrics").await;
+        assert_eq!(status, 200);
+        assert!(content_type.starts_with("application/openmetrics-text; version=1.0.0"));
+        assert!(body.ends_with("# EOF\n"));
+        let (status, _, body) = ask(&well, Method::GET, "/v2/").await;
+        assert!(status == 404 && body.starts_with("{\"errors\":["), "{body}");
+        assert_eq!(ask(&well, Method::DELETE, "/healthz").await.0, 405);
+    }
+}

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use oci::{AnyDigest, Digest};
 
-use super::error::{CacheError, Thing};
-use super::right::Claim;
 use super::Cache;
+use super::error::{CacheError, Thing};
+use super::right::{Claim, refused};
 use crate::deadline::Deadline;
 pub use crate::fill::direct::DirectReader;
 use crate::fill::tail::Joined;
@@ -26,7 +26,7 @@ pub enum BlobAnswer {
     /// The disk.
     Stored(Blob),
     /// A fill, which this request leads or follows.
-    Filling(Open, Verdict),
+    Filling(Box<Open>, Verdict),
     /// The upstream, unverified and unkept: the digest's algorithm is not one we know.
     Passing {
         /// Size in bytes, if the upstream told.
@@ -68,15 +68,21 @@ impl Cache {
         if standing == Standing::Unproven
             && let Some(refusal) = self.inner.negatives.find(&negative)
         {
-            return Err(self.refused(grant.source(), Thing::Blob, refusal));
+            return Err(refused(grant.source(), Thing::Blob, refusal));
         }
         loop {
             let wanted = self.wanted(grant, digest, standing, wish)?;
             match self.inner.fills.find(&wanted).await {
                 Found::Stored(blob) => return Ok(BlobAnswer::Stored(blob)),
-                Found::Lead(joined) => return self.opened(grant, digest, joined, (Verdict::Miss, deadline)).await,
+                Found::Lead(joined) => {
+                    return self
+                        .opened(grant, digest, joined, (Verdict::Miss, deadline))
+                        .await;
+                }
                 Found::Filling(joined) => {
-                    return self.opened(grant, digest, joined, (Verdict::Collapsed, deadline)).await;
+                    return self
+                        .opened(grant, digest, joined, (Verdict::Collapsed, deadline))
+                        .await;
                 }
                 Found::Failed(error) => return Err(self.judge_fill(grant, digest, error).await),
                 Found::ProveFirst => {
@@ -95,8 +101,13 @@ impl Cache {
         deadline: Deadline,
     ) -> Result<BlobHead, CacheError> {
         let AnyDigest::Known(known) = *digest else {
-            let probe = self.probe(grant.source(), Thing::Blob, digest.clone(), deadline).await?;
-            return Ok(BlobHead { size: probe.size, verdict: Verdict::Bypass(Why::UnknownAlgorithm) });
+            let probe = self
+                .probe(grant.source(), Thing::Blob, digest.clone(), deadline)
+                .await?;
+            return Ok(BlobHead {
+                size: probe.size,
+                verdict: Verdict::Bypass(Why::UnknownAlgorithm),
+            });
         };
         let claim = self.claim(grant, known, Kind::Blob, deadline).await?;
         let standing = match claim {
@@ -106,23 +117,50 @@ impl Cache {
         if standing == Standing::Proven
             && let Some(blob) = self.inner.store.blob(&known).await
         {
-            return Ok(BlobHead { size: Some(blob.size), verdict: Verdict::Hit });
+            return Ok(BlobHead {
+                size: Some(blob.size),
+                verdict: Verdict::Hit,
+            });
         }
-        let key = Key { upstream: grant.source().upstream.clone(), digest: known };
+        let key = Key {
+            upstream: grant.source().upstream.clone(),
+            digest: known,
+        };
         if let Some(progress) = self.inner.fills.running(&key, grant.source(), standing)
             && let (Some(size), Phase::Filling | Phase::Verified) = (progress.size, progress.phase)
         {
-            return Ok(BlobHead { size: Some(size), verdict: Verdict::Collapsed });
+            return Ok(BlobHead {
+                size: Some(size),
+                verdict: Verdict::Collapsed,
+            });
         }
-        let probe = self.probe(grant.source(), Thing::Blob, digest.clone(), deadline).await?;
-        Ok(BlobHead { size: probe.size.or(self.inner.sizes.get(&known)), verdict: Verdict::Miss })
+        let probe = self
+            .probe(grant.source(), Thing::Blob, digest.clone(), deadline)
+            .await?;
+        Ok(BlobHead {
+            size: probe.size.or_else(|| self.inner.sizes.get(&known)),
+            verdict: Verdict::Miss,
+        })
     }
 
-    fn wanted(&self, grant: &Grant, digest: Digest, standing: Standing, wish: Wish) -> Result<Wanted, CacheError> {
+    fn wanted(
+        &self,
+        grant: &Grant,
+        digest: Digest,
+        standing: Standing,
+        wish: Wish,
+    ) -> Result<Wanted, CacheError> {
         let source = grant.source().clone();
         let upstream = Arc::clone(&self.origin(&source)?.upstream);
         let size_hint = self.inner.sizes.get(&digest);
-        Ok(Wanted { upstream, source, digest, standing, wish, size_hint })
+        Ok(Wanted {
+            upstream,
+            source,
+            digest,
+            standing,
+            wish,
+            size_hint,
+        })
     }
 
     async fn opened(
@@ -136,7 +174,7 @@ impl Cache {
             Ok(Some(open)) => {
                 self.lift(grant.source()).await;
                 let verdict = open.bypass().map_or(verdict, Verdict::Bypass);
-                Ok(BlobAnswer::Filling(open, verdict))
+                Ok(BlobAnswer::Filling(Box::new(open), verdict))
             }
             Ok(None) => Err(CacheError::Late),
             Err(error) => Err(self.judge_fill(grant, digest, error).await),
@@ -145,11 +183,17 @@ impl Cache {
 
     /// A refusal by the upstream is remembered and may suspend; everything else is the fill's own story.
     async fn judge_fill(&self, grant: &Grant, digest: Digest, error: FillError) -> CacheError {
-        let FillError::Upstream(upstream) = &error else { return error.into() };
-        if !matches!(upstream.fault(), Fault::NotFound { .. } | Fault::Denied { .. }) {
+        let FillError::Upstream(upstream) = &error else {
+            return error.into();
+        };
+        if !matches!(
+            upstream.fault(),
+            Fault::NotFound { .. } | Fault::Denied { .. }
+        ) {
             return CacheError::Upstream(Arc::clone(upstream));
         }
-        self.judge_refusal(grant.source(), Thing::Blob, digest.to_string(), upstream).await
+        self.judge_refusal(grant.source(), Thing::Blob, digest.to_string(), upstream)
+            .await
     }
 
     async fn pass_through(
@@ -168,9 +212,15 @@ impl Cache {
             Ok(stream) => {
                 let verdict = Verdict::Bypass(Why::UnknownAlgorithm);
                 let size = stream.total();
-                Ok(BlobAnswer::Passing { size, reader: Box::new(DirectReader::unchecked(stream)), verdict })
+                Ok(BlobAnswer::Passing {
+                    size,
+                    reader: Box::new(DirectReader::unchecked(stream)),
+                    verdict,
+                })
             }
-            Err(error) => Err(self.judge_refusal(source, Thing::Blob, digest.to_string(), &Arc::new(error)).await),
+            Err(error) => Err(self
+                .judge_refusal(source, Thing::Blob, digest.to_string(), &Arc::new(error))
+                .await),
         }
     }
 }

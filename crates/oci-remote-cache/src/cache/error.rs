@@ -7,6 +7,7 @@ use oci::{AnyDigest, ManifestError};
 use crate::fill::FillError;
 use crate::names::Source;
 use crate::upstream::UpstreamError;
+use crate::verdict::Why;
 
 /// What a request asked for, for the message and the specification's error code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,7 +59,7 @@ pub enum CacheError {
         /// Where it came from.
         source_: Source,
         /// What was wanted.
-        wanted: AnyDigest,
+        wanted: Box<AnyDigest>,
     },
     /// No answer within the deadline.
     #[error("the upstream did not answer in time")]
@@ -96,6 +97,15 @@ impl From<FillError> for CacheError {
 }
 
 impl CacheError {
+    /// The word for an upstream's silence, where what is held is served in its place.
+    pub fn why(&self) -> Why {
+        if let Self::Upstream(error) = self {
+            error.why()
+        } else {
+            Why::Unreachable
+        }
+    }
+
     /// Whether the upstream gave no answer, so that what is held may be served past its age.
     pub fn is_outage(&self) -> bool {
         match self {

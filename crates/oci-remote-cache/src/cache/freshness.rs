@@ -40,7 +40,9 @@ pub enum Freshness {
 
 /// Judges a tag.
 pub fn judge(rules: Rules, known: Option<Known>, now: Timestamp) -> Freshness {
-    let Some(known) = known else { return Freshness::Unknown };
+    let Some(known) = known else {
+        return Freshness::Unknown;
+    };
     let age = known.checked.age(now);
     if known.suspended {
         Freshness::Suspended
@@ -58,19 +60,34 @@ mod tests {
     use super::*;
 
     fn rules(ttl: u64) -> Rules {
-        Rules { tag_ttl: Duration::from_millis(ttl), negative_ttl: Duration::ZERO }
+        Rules {
+            tag_ttl: Duration::from_millis(ttl),
+            negative_ttl: Duration::ZERO,
+        }
     }
 
     #[test]
     fn ttl_zero_is_never_fresh() {
-        let known = Known { checked: Timestamp(1000), suspended: false };
-        assert_eq!(judge(rules(0), Some(known), Timestamp(1000)), Freshness::Expired);
+        let known = Known {
+            checked: Timestamp(1000),
+            suspended: false,
+        };
+        assert_eq!(
+            judge(rules(0), Some(known), Timestamp(1000)),
+            Freshness::Expired
+        );
     }
 
     #[test]
     fn a_suspended_tag_is_asked_for() {
-        let known = Known { checked: Timestamp(1000), suspended: true };
-        assert_eq!(judge(rules(9999), Some(known), Timestamp(1000)), Freshness::Suspended);
+        let known = Known {
+            checked: Timestamp(1000),
+            suspended: true,
+        };
+        assert_eq!(
+            judge(rules(9999), Some(known), Timestamp(1000)),
+            Freshness::Suspended
+        );
     }
 
     proptest! {

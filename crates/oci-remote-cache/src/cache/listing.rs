@@ -13,13 +13,14 @@ use serde::Deserialize;
 
 use super::Cache;
 use super::error::{CacheError, Thing};
+use super::right::refused;
 use super::single_flight::Role;
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::Source;
 use crate::policy::Grant;
 use crate::upstream::{Answer, Ask, Fault, Method, Resource};
-use crate::verdict::{Verdict, Why};
+use crate::verdict::Verdict;
 
 /// The longest page read from an upstream: 4 MiB.
 const PAGE_LIMIT: usize = 4 << 20;
@@ -98,7 +99,9 @@ impl Weighter<ListingKey, Arc<Listing>> for ByLength {
 
 impl Listings {
     pub(super) fn new() -> Self {
-        Self { pages: Memory::with_weighter(1024, MEMORY, ByLength) }
+        Self {
+            pages: Memory::with_weighter(1024, MEMORY, ByLength),
+        }
     }
 }
 
@@ -113,8 +116,19 @@ impl List {
     fn resource(&self) -> Resource {
         match self.clone() {
             // Registries differ about n=0, so it is asked as the smallest page and emptied here.
-            Self::Tags(page) => Resource::Tags(Page { n: page.n.map(|n| n.max(1)), ..page }),
-            Self::Referrers { digest, artifact_type, page } => Resource::Referrers { digest, artifact_type, page },
+            Self::Tags(page) => Resource::Tags(Page {
+                n: page.n.map(|n| n.max(1)),
+                ..page
+            }),
+            Self::Referrers {
+                digest,
+                artifact_type,
+                page,
+            } => Resource::Referrers {
+                digest,
+                artifact_type,
+                page,
+            },
         }
     }
 
@@ -135,14 +149,17 @@ impl Cache {
         let held = self.inner.listings.pages.get(&key);
         let suspended = self.is_suspended(&key.0)?;
         let ttl = self.origin(&key.0)?.rules.tag_ttl;
-        if let Some(listing) = held.as_ref().filter(|listing| !suspended && self.age(listing) < ttl) {
+        if let Some(listing) = held
+            .as_ref()
+            .filter(|listing| !suspended && self.age(listing) < ttl)
+        {
             return Ok((Arc::clone(listing), Verdict::Hit));
         }
         match self.ask_listing(key, deadline).await {
             Ok((listing, Role::Lead)) => Ok((listing, Verdict::Miss)),
             Ok((listing, Role::Joined)) => Ok((listing, Verdict::Collapsed)),
             Err(error) => match held.filter(|_| !suspended && error.is_outage()) {
-                Some(listing) => Ok((listing, Verdict::Stale(why(&error)))),
+                Some(listing) => Ok((listing, Verdict::Stale(error.why()))),
                 None => Err(error),
             },
         }
@@ -158,12 +175,22 @@ impl Cache {
         deadline: Deadline,
     ) -> Result<(Arc<Listing>, Role), CacheError> {
         let (source, list) = &key;
-        if let Some(refusal) = self.inner.negatives.find(&(source.clone(), list.thing(), list.name())) {
-            return Err(self.refused(source, list.thing(), refusal));
+        if let Some(refusal) =
+            self.inner
+                .negatives
+                .find(&(source.clone(), list.thing(), list.name()))
+        {
+            return Err(refused(source, list.thing(), refusal));
         }
         let (cache, asked) = (self.clone(), key.clone());
-        let errand = self.inner.listing_flights.run(key, move || async move { cache.fetch_listing(asked).await });
-        let landed = deadline.run(errand).await.map_err(|_late| CacheError::Late)?;
+        let errand = self
+            .inner
+            .listing_flights
+            .run(key, move || async move { cache.fetch_listing(asked).await });
+        let landed = deadline
+            .run(errand)
+            .await
+            .map_err(|_late| CacheError::Late)?;
         let (listing, role) = landed.map_err(|_lost| CacheError::Stopping)?;
         listing.map(|listing| (listing, role))
     }
@@ -184,11 +211,17 @@ impl Cache {
             Ok(answer) => answer,
             Err(error) => {
                 self.forget_listing(&key, error.fault());
-                return Err(self.judge_refusal(source, list.thing(), list.name(), &Arc::new(error)).await);
+                return Err(self
+                    .judge_refusal(source, list.thing(), list.name(), &Arc::new(error))
+                    .await);
             }
         };
         self.lift(source).await;
-        let listing = Arc::new(self.read_listing(list, answer, deadline).await?.ok_or_else(|| upstream.broken(&ask, "not a list in JSON"))?);
+        let listing = Arc::new(
+            self.read_listing(list, answer, deadline)
+                .await?
+                .ok_or_else(|| upstream.broken(&ask, "not a list in JSON"))?,
+        );
         self.inner.listings.pages.insert(key, Arc::clone(&listing));
         Ok(listing)
     }
@@ -212,25 +245,33 @@ impl Cache {
         let filtered = answer.header("oci-filters-applied").is_some();
         let body = answer.read_to(PAGE_LIMIT, deadline).await?;
         let content = match list {
-            List::Tags(_) => serde_json::from_slice::<TagList>(&body)
-                .map(|list| Content::Tags(if empty { Vec::new() } else { list.tags.unwrap_or_default() })),
-            List::Referrers { .. } => serde_json::from_slice::<serde::de::IgnoredAny>(&body)
-                .map(|_| Content::Referrers { index: body.clone(), filtered }),
+            List::Tags(_) => serde_json::from_slice::<TagList>(&body).map(|list| {
+                Content::Tags(if empty {
+                    Vec::new()
+                } else {
+                    list.tags.unwrap_or_default()
+                })
+            }),
+            List::Referrers { .. } => {
+                serde_json::from_slice::<serde::de::IgnoredAny>(&body).map(|_| Content::Referrers {
+                    index: body.clone(),
+                    filtered,
+                })
+            }
         };
-        Ok(content.ok().map(|content| Listing { content, next, checked: self.inner.clock.now() }))
-    }
-}
-
-fn why(error: &CacheError) -> Why {
-    match error {
-        CacheError::Upstream(error) => error.why(),
-        _ => Why::Unreachable,
+        Ok(content.ok().map(|content| Listing {
+            content,
+            next,
+            checked: self.inner.clock.now(),
+        }))
     }
 }
 
 /// The parameters of the page that a `Link` header calls next (RFC 8288); where it leads is not looked at.
 fn next_page(link: &str) -> Option<Page> {
-    let target = link.split(',').find(|one| one.contains("rel=\"next\"") || one.contains("rel=next"))?;
+    let target = link
+        .split(',')
+        .find(|one| one.contains("rel=\"next\"") || one.contains("rel=next"))?;
     let url = target.split_once('<')?.1.split_once('>')?.0;
     let query = url.split_once('?')?.1;
     match Route::parse("/v2/x/tags/list", Some(query)).ok()?.target {
@@ -249,7 +290,9 @@ mod tests {
 
     #[test]
     fn only_the_parameters_of_a_link_are_taken() {
-        let page = next_page(r#"<https://elsewhere.example/v2/a/tags/list?n=2&last=b>; rel="next""#).unwrap();
+        let page =
+            next_page(r#"<https://elsewhere.example/v2/a/tags/list?n=2&last=b>; rel="next""#)
+                .unwrap();
         assert_eq!((page.n, page.last.as_deref()), (Some(2), Some("b")));
         assert_eq!(next_page(r#"</v2/a/tags/list?n=2>; rel="prev""#), None);
         assert_eq!(next_page("garbage"), None);

@@ -11,13 +11,15 @@ use oci::{AnyDigest, Digest, MANIFEST_LIMIT, ManifestView, MediaType, Reference,
 
 use super::error::{CacheError, Thing};
 use super::freshness::{Freshness, Known, judge};
-use super::right::Claim;
+use super::right::{Claim, refused};
 use super::{Cache, all_of, manifest_ask};
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
 use crate::policy::Grant;
-use crate::store::catalog::{Change, Kind, ManifestRecord, Membership, PendingRecord, Proof, TagRecord};
+use crate::store::catalog::{
+    Change, Kind, ManifestRecord, Membership, PendingRecord, Proof, TagRecord,
+};
 use crate::store::spool::Verified;
 use crate::upstream::Answer;
 pub use crate::upstream::Method;
@@ -85,9 +87,12 @@ impl Cache {
     ) -> Result<ManifestAnswer, CacheError> {
         match reference {
             Reference::Digest(AnyDigest::Known(digest)) => {
-                self.manifest_by_digest(grant, *digest, wish.method, deadline).await
+                self.manifest_by_digest(grant, *digest, wish.method, deadline)
+                    .await
             }
-            Reference::Digest(AnyDigest::Foreign(_)) => self.pass_manifest(grant, reference, wish, deadline).await,
+            Reference::Digest(AnyDigest::Foreign(_)) => {
+                self.pass_manifest(grant, reference, wish, deadline).await
+            }
             Reference::Tag(tag) => self.manifest_by_tag(grant, tag, wish, deadline).await,
         }
     }
@@ -101,17 +106,28 @@ impl Cache {
     ) -> Result<ManifestAnswer, CacheError> {
         let source = grant.source();
         let record = self.tag_record(source, tag);
-        let known = record.as_ref().map(|record| Known { checked: record.checked, suspended: record.suspended });
+        let known = record.as_ref().map(|record| Known {
+            checked: record.checked,
+            suspended: record.suspended,
+        });
         let mut freshness = judge(self.origin(source)?.rules, known, self.inner.clock.now());
         if self.is_suspended(source)? && freshness != Freshness::Unknown {
             freshness = Freshness::Suspended;
         }
         let answer = match (freshness, record) {
             (Freshness::Fresh(age), Some(record)) => {
-                let answer = self.from_record(grant, &record, (wish.method, Verdict::Hit), deadline).await?;
-                ManifestAnswer { age: Some(age), ..answer }
+                let answer = self
+                    .by_record(grant, &record, (wish.method, Verdict::Hit), deadline)
+                    .await?;
+                ManifestAnswer {
+                    age: Some(age),
+                    ..answer
+                }
             }
-            (freshness, record) => self.asked_tag(grant, tag, (wish.method, freshness, record), deadline).await?,
+            (freshness, record) => {
+                self.asked_tag(grant, tag, (wish.method, freshness, record), deadline)
+                    .await?
+            }
         };
         if oci::accepts(wish.accept.as_deref(), &answer.media_type) {
             return Ok(answer);
@@ -128,11 +144,16 @@ impl Cache {
         (method, freshness, record): (Method, Freshness, Option<TagRecord>),
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
-        match (self.revalidate(grant.source(), tag, method, deadline).await, record, freshness) {
+        match (
+            self.revalidate(grant.source(), tag, method, deadline).await,
+            record,
+            freshness,
+        ) {
             (Ok(fetched), _, _) => self.with_body(grant, fetched, method, deadline).await,
-            (Err(error), Some(record), Freshness::Expired) if error.is_outage() => {
-                self.stale(grant, &record, method, &error).await.ok_or(error)
-            }
+            (Err(error), Some(record), Freshness::Expired) if error.is_outage() => self
+                .stale(grant, &record, method, &error)
+                .await
+                .ok_or(error),
             (Err(error), _, _) => Err(error),
         }
     }
@@ -145,19 +166,18 @@ impl Cache {
         method: Method,
         error: &CacheError,
     ) -> Option<ManifestAnswer> {
-        let why = match error {
-            CacheError::Upstream(error) => error.why(),
-            _ => Why::Unreachable,
-        };
         let catalog = self.inner.store.catalog();
-        catalog.membership(grant.source(), &record.digest, Kind::Manifest).ok().flatten()?;
+        catalog
+            .membership(grant.source(), &record.digest, Kind::Manifest)
+            .ok()
+            .flatten()?;
         let held = self.held(&record.digest).await?;
         let answer = ManifestAnswer {
             digest: record.digest.into(),
             media_type: record.media_type.clone(),
             size: record.size,
             body: (method == Method::Get).then_some(held.body),
-            verdict: Verdict::Stale(why),
+            verdict: Verdict::Stale(error.why()),
             age: Some(record.checked.age(self.inner.clock.now())),
         };
         tracing::warn!(source = %grant.source(), tag = %record.tag, %error, "serving a tag past its age");
@@ -165,7 +185,7 @@ impl Cache {
     }
 
     /// Answers with a tag's mapping, fetching the manifest by digest where only the mapping is held.
-    async fn from_record(
+    async fn by_record(
         &self,
         grant: &Grant,
         record: &TagRecord,
@@ -200,8 +220,14 @@ impl Cache {
         if method == Method::Head || head.body.is_some() {
             return Ok(head);
         }
-        let whole = self.manifest_by_digest(grant, fetched.digest, method, deadline).await?;
-        let verdict = if whole.verdict == Verdict::Hit { head.verdict } else { whole.verdict };
+        let whole = self
+            .manifest_by_digest(grant, fetched.digest, method, deadline)
+            .await?;
+        let verdict = if whole.verdict == Verdict::Hit {
+            head.verdict
+        } else {
+            whole.verdict
+        };
         Ok(ManifestAnswer { verdict, ..whole })
     }
 
@@ -243,14 +269,24 @@ impl Cache {
         digest: Digest,
         deadline: Deadline,
     ) -> Result<Fetched, CacheError> {
-        if let Some(refusal) = self.inner.negatives.find(&(source.clone(), Thing::Manifest, digest.to_string())) {
-            return Err(self.refused(source, Thing::Manifest, refusal));
+        if let Some(refusal) =
+            self.inner
+                .negatives
+                .find(&(source.clone(), Thing::Manifest, digest.to_string()))
+        {
+            return Err(refused(source, Thing::Manifest, refusal));
         }
         let (cache, from) = (self.clone(), source.clone());
-        let errand = self.inner.digests.run((source.clone(), digest), move || async move {
-            Box::pin(cache.get_digest(&from, digest)).await
-        });
-        let landed = deadline.run(errand).await.map_err(|_late| CacheError::Late)?;
+        let errand = self
+            .inner
+            .digests
+            .run((source.clone(), digest), move || async move {
+                Box::pin(cache.get_digest(&from, digest)).await
+            });
+        let landed = deadline
+            .run(errand)
+            .await
+            .map_err(|_late| CacheError::Late)?;
         let (fetched, role) = landed.map_err(|_lost| CacheError::Stopping)?;
         fetched.map(|fetched| fetched.seen_by(role))
     }
@@ -264,7 +300,9 @@ impl Cache {
             Ok(answer) => answer,
             Err(error) => {
                 let error = Arc::new(error);
-                return Err(self.judge_refusal(source, Thing::Manifest, digest.to_string(), &error).await);
+                return Err(self
+                    .judge_refusal(source, Thing::Manifest, digest.to_string(), &error)
+                    .await);
             }
         };
         self.lift(source).await;
@@ -273,20 +311,37 @@ impl Cache {
     }
 
     /// Keeps a manifest, and the tag it came by: on disk, in the catalog, in memory. A cache fault costs the keeping, not the answer.
-    pub(super) async fn keep(&self, source: &Source, judged: Judged, tag: Option<(&Tag, Timestamp)>) -> Fetched {
-        let Judged { digest, view, body, credential } = judged;
+    pub(super) async fn keep(
+        &self,
+        source: &Source,
+        judged: Judged,
+        tag: Option<(&Tag, Timestamp)>,
+    ) -> Fetched {
+        let Judged {
+            digest,
+            view,
+            body,
+            credential,
+        } = judged;
         let size = body.len() as u64;
         let media_type = view.media_type().clone();
-        for blob in view.blobs() {
-            if let AnyDigest::Known(layer) = blob.digest {
-                self.inner.sizes.insert(layer, blob.size);
-            }
-        }
-        let membership =
-            Membership { source: source.clone(), digest, kind: Kind::Manifest, credential, proof: Proof::Delivered };
+        self.remember_sizes(&view);
+        let membership = Membership {
+            source: source.clone(),
+            digest,
+            kind: Kind::Manifest,
+            credential,
+            proof: Proof::Delivered,
+        };
         let mut changes = vec![
             Change::Membership(membership),
-            Change::Manifest(digest, ManifestRecord { media_type: media_type.clone(), size }),
+            Change::Manifest(
+                digest,
+                ManifestRecord {
+                    media_type: media_type.clone(),
+                    size,
+                },
+            ),
         ];
         if let Some((tag, checked)) = tag {
             let record = tag_record(source, tag, (digest, media_type.clone(), size), checked);
@@ -294,16 +349,41 @@ impl Cache {
         }
         let written = self.write_manifest(digest, body.clone()).await;
         if let Some(verified) = &written {
-            changes.push(Change::Pending(PendingRecord { digest, size, spool_name: verified.spool_name() }));
+            changes.push(Change::Pending(PendingRecord {
+                digest,
+                size,
+                spool_name: verified.spool_name(),
+            }));
         }
-        self.inner.manifests.insert(digest, Held { body: body.clone(), media_type: media_type.clone() });
+        self.inner.manifests.insert(
+            digest,
+            Held {
+                body: body.clone(),
+                media_type: media_type.clone(),
+            },
+        );
         if let Err(error) = self.inner.store.catalog().record(changes).await {
             self.store_fault(&error);
         }
         if let Some(verified) = written {
             self.publish_later(verified);
         }
-        Fetched { digest, media_type, size, body: Some(body), verdict: Verdict::Miss }
+        Fetched {
+            digest,
+            media_type,
+            size,
+            body: Some(body),
+            verdict: Verdict::Miss,
+        }
+    }
+
+    /// Layer sizes let a lazy client's first range be asked for by itself, before the upstream has told the size.
+    fn remember_sizes(&self, view: &ManifestView) {
+        for blob in view.blobs() {
+            if let AnyDigest::Known(layer) = blob.digest {
+                self.inner.sizes.insert(layer, blob.size);
+            }
+        }
     }
 
     async fn write_manifest(&self, digest: Digest, body: Bytes) -> Option<Verified> {
@@ -311,10 +391,14 @@ impl Cache {
         if store.contains(&digest) || !store.writable() {
             return None;
         }
-        let written =
-            self.inner.tasks.spawn_blocking(move || Verified::write(store.layout(), digest, &body)).await.ok()?;
+        let written = self
+            .inner
+            .tasks
+            .spawn_blocking(move || Verified::write(store.layout(), digest, &body))
+            .await
+            .ok()?;
         match written {
-            Ok(verified) => verified.ok(),
+            Ok(verified) => verified,
             Err(error) => {
                 self.inner.metrics.store_faults.inc();
                 tracing::warn!(%error, %digest, "a manifest could not be written; it is served all the same");
@@ -342,8 +426,17 @@ impl Cache {
         let record = self.inner.store.catalog().manifest(digest).ok().flatten()?;
         let blob = self.inner.store.blob(digest).await?;
         let span = blob.span(all_of(blob.size));
-        let body = self.inner.tasks.spawn_blocking(move || span.read()).await.ok()?.ok()?;
-        let held = Held { body, media_type: record.media_type };
+        let body = self
+            .inner
+            .tasks
+            .spawn_blocking(move || span.read())
+            .await
+            .ok()?
+            .ok()?;
+        let held = Held {
+            body,
+            media_type: record.media_type,
+        };
         self.inner.manifests.insert(*digest, held.clone());
         Some(held)
     }
@@ -363,7 +456,9 @@ impl Cache {
             Ok(answer) => answer,
             Err(error) => {
                 let error = Arc::new(error);
-                return Err(self.judge_refusal(source, Thing::Manifest, reference.to_string(), &error).await);
+                return Err(self
+                    .judge_refusal(source, Thing::Manifest, reference.to_string(), &error)
+                    .await);
             }
         };
         let foreign = match reference {
@@ -371,7 +466,11 @@ impl Cache {
             Reference::Tag(_) => None,
         };
         let judged = read_manifest(source, answer, None, deadline).await?;
-        let why = if foreign.is_some() { Why::UnknownAlgorithm } else { Why::Accept };
+        let why = if foreign.is_some() {
+            Why::UnknownAlgorithm
+        } else {
+            Why::Accept
+        };
         Ok(ManifestAnswer {
             digest: foreign.unwrap_or_else(|| judged.digest.into()),
             media_type: judged.view.media_type().clone(),
@@ -408,17 +507,26 @@ pub(super) async fn read_manifest(
     let content_type = answer.content_type().map(str::to_owned);
     let credential = answer.credential().clone();
     let body = answer.read_to(MANIFEST_LIMIT, deadline).await?;
-    let bad = |why| CacheError::BadManifest { source_: source.clone(), why };
+    let bad = |why| CacheError::BadManifest {
+        source_: source.clone(),
+        why,
+    };
     let view = ManifestView::parse(&body, content_type.as_deref()).map_err(bad)?;
     // The upstream may announce another algorithm than the one asked for: what was asked for decides.
     let expected = wanted.or(announced);
     let algorithm = expected.map_or(oci::Algorithm::Sha256, |digest| digest.algorithm());
     let digest = Digest::of(algorithm, &body);
     match expected {
-        Some(expected) if expected != digest => {
-            Err(CacheError::WrongDigest { source_: source.clone(), wanted: expected.into() })
-        }
-        Some(_) | None => Ok(Judged { digest, view, body, credential }),
+        Some(expected) if expected != digest => Err(CacheError::WrongDigest {
+            source_: source.clone(),
+            wanted: Box::new(expected.into()),
+        }),
+        Some(_) | None => Ok(Judged {
+            digest,
+            view,
+            body,
+            credential,
+        }),
     }
 }
 

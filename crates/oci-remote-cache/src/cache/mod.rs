@@ -114,12 +114,17 @@ impl Cache {
             metrics,
             tasks,
         };
-        Self { inner: Arc::new(inner) }
+        Self {
+            inner: Arc::new(inner),
+        }
     }
 
     /// Where a repository is asked for. Grants are made for configured upstreams only, so there always is one.
     fn origin(&self, source: &Source) -> Result<&Origin, CacheError> {
-        let unknown = || CacheError::Unknown { thing: Thing::Tags, source_: source.clone() };
+        let unknown = || CacheError::Unknown {
+            thing: Thing::Tags,
+            source_: source.clone(),
+        };
         self.inner.origins.get(&source.upstream).ok_or_else(unknown)
     }
 
@@ -132,7 +137,14 @@ impl Cache {
 
 /// A question about a manifest or blob of `repository`.
 fn ask(repository: &RepositoryName, resource: Resource, method: Method) -> Ask {
-    Ask { repository: repository.clone(), resource, method, range: None, accept: None, mirror: 0 }
+    Ask {
+        repository: repository.clone(),
+        resource,
+        method,
+        range: None,
+        accept: None,
+        mirror: 0,
+    }
 }
 
 fn manifest_ask(repository: &RepositoryName, reference: Reference, method: Method) -> Ask {
@@ -141,7 +153,10 @@ fn manifest_ask(repository: &RepositoryName, reference: Reference, method: Metho
 
 /// Everything of a blob of this size.
 fn all_of(size: u64) -> Slice {
-    Slice { start: 0, end: size }
+    Slice {
+        start: 0,
+        end: size,
+    }
 }
 
 /// A refusal is shared for this long by requests that follow at once; a later one asks again.

@@ -28,7 +28,9 @@ pub(super) struct Negatives {
 
 impl Negatives {
     pub(super) fn new() -> Self {
-        Self { known: Memory::new(MOST) }
+        Self {
+            known: Memory::new(MOST),
+        }
     }
 
     /// Remembers a refusal for `ttl`.

@@ -9,6 +9,7 @@ use oci::{AnyDigest, Digest, MediaType, Reference, Tag};
 
 use super::error::{CacheError, Thing};
 use super::manifest::{Fetched, read_manifest, tag_record};
+use super::right::refused;
 use super::{Cache, manifest_ask};
 use crate::deadline::Deadline;
 use crate::names::Source;
@@ -26,10 +27,14 @@ struct Mapping {
 impl Cache {
     /// What is recorded of a tag.
     pub(super) fn tag_record(&self, source: &Source, tag: &Tag) -> Option<TagRecord> {
-        self.inner.store.catalog().tag(source, tag).unwrap_or_else(|error| {
-            self.store_fault(&error);
-            None
-        })
+        self.inner
+            .store
+            .catalog()
+            .tag(source, tag)
+            .unwrap_or_else(|error| {
+                self.store_fault(&error);
+                None
+            })
     }
 
     /// Has the upstream say what a tag is now; those who ask meanwhile share the errand.
@@ -41,24 +46,44 @@ impl Cache {
         deadline: Deadline,
     ) -> Result<Fetched, CacheError> {
         if let Some(refusal) = self.inner.negatives.find(&negative(source, tag)) {
-            return Err(self.refused(source, Thing::Manifest, refusal));
+            return Err(refused(source, Thing::Manifest, refusal));
         }
         let (cache, from, name) = (self.clone(), source.clone(), tag.clone());
-        let errand = self.inner.tags.run((source.clone(), tag.clone(), method), move || async move {
-            Box::pin(cache.ask_tag(&from, &name, method)).await
-        });
-        let landed = deadline.run(errand).await.map_err(|_late| CacheError::Late)?;
+        let errand = self
+            .inner
+            .tags
+            .run((source.clone(), tag.clone(), method), move || async move {
+                Box::pin(cache.ask_tag(&from, &name, method)).await
+            });
+        let landed = deadline
+            .run(errand)
+            .await
+            .map_err(|_late| CacheError::Late)?;
         let (fetched, role) = landed.map_err(|_lost| CacheError::Stopping)?;
         fetched.map(|fetched| fetched.seen_by(role))
     }
 
-    async fn ask_tag(&self, source: &Source, tag: &Tag, method: Method) -> Result<Fetched, CacheError> {
+    async fn ask_tag(
+        &self,
+        source: &Source,
+        tag: &Tag,
+        method: Method,
+    ) -> Result<Fetched, CacheError> {
         let record = self.tag_record(source, tag);
         if record.is_none() && method == Method::Get {
             return self.get_tag(source, tag).await;
         }
-        let ask = manifest_ask(&source.repository, Reference::Tag(tag.clone()), Method::Head);
-        match self.origin(source)?.upstream.send(&ask, Deadline::for_answer()).await {
+        let ask = manifest_ask(
+            &source.repository,
+            Reference::Tag(tag.clone()),
+            Method::Head,
+        );
+        match self
+            .origin(source)?
+            .upstream
+            .send(&ask, Deadline::for_answer())
+            .await
+        {
             Ok(answer) => match mapping(&answer) {
                 Some(mapping) => self.mapped(source, tag, (mapping, record, method)).await,
                 None => self.get_tag(source, tag).await,
@@ -76,33 +101,57 @@ impl Cache {
         (mapping, before, method): (Mapping, Option<TagRecord>, Method),
     ) -> Result<Fetched, CacheError> {
         self.lift(source).await;
-        let same = before.as_ref().is_some_and(|record| record.digest == mapping.digest);
+        let same = before
+            .as_ref()
+            .is_some_and(|record| record.digest == mapping.digest);
         if !same && method == Method::Get {
             return self.get_moved(source, tag, mapping.digest).await;
         }
         let now = self.inner.clock.now();
-        let mut record = tag_record(source, tag, (mapping.digest, mapping.media_type, mapping.size), now);
+        let mut record = tag_record(
+            source,
+            tag,
+            (mapping.digest, mapping.media_type, mapping.size),
+            now,
+        );
         if let Some(before) = before.filter(|_| same) {
             // What was kept with the manifest is surer than a HEAD's headers.
-            record = TagRecord { checked: now, suspended: false, ..before };
+            record = TagRecord {
+                checked: now,
+                suspended: false,
+                ..before
+            };
         }
         let fetched = Fetched {
             digest: record.digest,
             media_type: record.media_type.clone(),
             size: record.size,
             body: None,
-            verdict: if same { Verdict::Revalidated } else { Verdict::Miss },
+            verdict: if same {
+                Verdict::Revalidated
+            } else {
+                Verdict::Miss
+            },
         };
         self.record_tag(record).await;
         Ok(fetched)
     }
 
     /// The tag has moved: the new manifest is fetched by digest, which pins what the HEAD promised.
-    async fn get_moved(&self, source: &Source, tag: &Tag, digest: Digest) -> Result<Fetched, CacheError> {
-        match self.fetch_digest(source, digest, Deadline::for_answer()).await {
+    async fn get_moved(
+        &self,
+        source: &Source,
+        tag: &Tag,
+        digest: Digest,
+    ) -> Result<Fetched, CacheError> {
+        match self
+            .fetch_digest(source, digest, Deadline::for_answer())
+            .await
+        {
             Ok(fetched) => {
                 let mapping = (digest, fetched.media_type.clone(), fetched.size);
-                self.record_tag(tag_record(source, tag, mapping, self.inner.clock.now())).await;
+                self.record_tag(tag_record(source, tag, mapping, self.inner.clock.now()))
+                    .await;
                 Ok(fetched)
             }
             Err(CacheError::Unknown { .. }) => self.get_tag(source, tag).await,
@@ -119,22 +168,40 @@ impl Cache {
         };
         self.lift(source).await;
         let judged = read_manifest(source, answer, None, deadline).await?;
-        Ok(self.keep(source, judged, Some((tag, self.inner.clock.now()))).await)
+        Ok(self
+            .keep(source, judged, Some((tag, self.inner.clock.now())))
+            .await)
     }
 
     /// The upstream refused a tag. A 404 suspends the tag, a 401 or 403 the repository; neither deletes anything.
     async fn tag_refused(&self, source: &Source, tag: &Tag, error: UpstreamError) -> CacheError {
         let gone = matches!(error.fault(), Fault::NotFound { .. });
-        if let Some(record) = self.tag_record(source, tag).filter(|record| gone && !record.suspended) {
+        if let Some(record) = self
+            .tag_record(source, tag)
+            .filter(|record| gone && !record.suspended)
+        {
             tracing::info!(source = %source, %tag, "the upstream no longer has this tag");
-            self.record_tag(TagRecord { suspended: true, ..record }).await;
+            self.record_tag(TagRecord {
+                suspended: true,
+                ..record
+            })
+            .await;
         }
-        self.judge_refusal(source, Thing::Manifest, tag.to_string(), &Arc::new(error)).await
+        self.judge_refusal(source, Thing::Manifest, tag.to_string(), &Arc::new(error))
+            .await
     }
 
     async fn record_tag(&self, record: TagRecord) {
-        self.inner.negatives.forget(&negative(&record.source, &record.tag));
-        if let Err(error) = self.inner.store.catalog().record(vec![Change::Tag(Box::new(record))]).await {
+        self.inner
+            .negatives
+            .forget(&negative(&record.source, &record.tag));
+        if let Err(error) = self
+            .inner
+            .store
+            .catalog()
+            .record(vec![Change::Tag(Box::new(record))])
+            .await
+        {
             self.store_fault(&error);
         }
     }
@@ -146,14 +213,23 @@ fn negative(source: &Source, tag: &Tag) -> (Source, Thing, String) {
 
 /// Some registries refuse HEAD where they would answer GET.
 fn head_is_not_final(error: &UpstreamError) -> bool {
-    matches!(error.fault(), Fault::Status(405) | Fault::Denied { status: 403, .. })
+    matches!(
+        error.fault(),
+        Fault::Status(405) | Fault::Denied { status: 403, .. }
+    )
 }
 
 /// What a HEAD's headers tell, if they tell enough: containerd and Docker need digest, type and length.
 fn mapping(answer: &Answer) -> Option<Mapping> {
-    let Some(AnyDigest::Known(digest)) = answer.digest() else { return None };
+    let Some(AnyDigest::Known(digest)) = answer.digest() else {
+        return None;
+    };
     let size = answer.content_length().filter(|&size| size > 0)?;
     let media_type = MediaType::parse(answer.content_type()?).ok()?;
     let usable = media_type.is_json() && media_type.kind() != oci::Kind::Schema1;
-    usable.then_some(Mapping { digest, media_type, size })
+    usable.then_some(Mapping {
+        digest,
+        media_type,
+        size,
+    })
 }

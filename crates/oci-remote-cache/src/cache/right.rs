@@ -70,11 +70,15 @@ impl Cache {
                 return Ok(Claim::Open);
             }
         }
-        let delivered = catalog.delivered(&source.upstream, &digest).unwrap_or_default();
+        let delivered = catalog
+            .delivered(&source.upstream, &digest)
+            .unwrap_or_default();
         if delivered.is_none() || !self.inner.store.contains(&digest) {
             return Ok(Claim::Open);
         }
-        self.prove(grant, digest, kind, deadline).await.map(Claim::Proven)
+        self.prove(grant, digest, kind, deadline)
+            .await
+            .map(Claim::Proven)
     }
 
     /// Has the upstream vouch, by HEAD, that the repository holds the digest. The caller knows that the bytes, if they are here or on
@@ -87,9 +91,15 @@ impl Cache {
         deadline: Deadline,
     ) -> Result<Right, CacheError> {
         let source = grant.source();
-        let probe = self.probe(source, thing(kind), digest.into(), deadline).await?;
+        let probe = self
+            .probe(source, thing(kind), digest.into(), deadline)
+            .await?;
         let catalog = self.inner.store.catalog();
-        if catalog.delivered(&source.upstream, &digest).unwrap_or_default().is_some() {
+        if catalog
+            .delivered(&source.upstream, &digest)
+            .unwrap_or_default()
+            .is_some()
+        {
             let vouched = Membership {
                 source: source.clone(),
                 digest,
@@ -112,30 +122,56 @@ impl Cache {
         digest: AnyDigest,
         deadline: Deadline,
     ) -> Result<Probe, CacheError> {
-        if let Some(refusal) = self.inner.negatives.find(&(source.clone(), thing, digest.to_string())) {
-            return Err(self.refused(source, thing, refusal));
+        if let Some(refusal) =
+            self.inner
+                .negatives
+                .find(&(source.clone(), thing, digest.to_string()))
+        {
+            return Err(refused(source, thing, refusal));
         }
         let (cache, from, wanted) = (self.clone(), source.clone(), digest.clone());
-        let errand = self.inner.probes.run((source.clone(), thing, digest), move || async move {
-            cache.ask_for(&from, thing, wanted).await
-        });
-        let landed = deadline.run(errand).await.map_err(|_late| CacheError::Late)?;
+        let errand = self
+            .inner
+            .probes
+            .run((source.clone(), thing, digest), move || async move {
+                cache.ask_for(&from, thing, wanted).await
+            });
+        let landed = deadline
+            .run(errand)
+            .await
+            .map_err(|_late| CacheError::Late)?;
         landed.map_err(|_lost| CacheError::Stopping)?.0
     }
 
-    async fn ask_for(&self, source: &Source, thing: Thing, digest: AnyDigest) -> Result<Probe, CacheError> {
+    async fn ask_for(
+        &self,
+        source: &Source,
+        thing: Thing,
+        digest: AnyDigest,
+    ) -> Result<Probe, CacheError> {
         let upstream = &self.origin(source)?.upstream;
         let name = digest.to_string();
         let resource = match thing {
             Thing::Manifest => Resource::Manifest(Reference::Digest(digest)),
             Thing::Blob | Thing::Tags | Thing::Referrers => Resource::Blob(digest),
         };
-        match upstream.send(&ask(&source.repository, resource, Method::Head), Deadline::for_answer()).await {
+        match upstream
+            .send(
+                &ask(&source.repository, resource, Method::Head),
+                Deadline::for_answer(),
+            )
+            .await
+        {
             Ok(answer) => {
                 self.lift(source).await;
-                Ok(Probe { size: answer.content_length(), credential: answer.credential().clone() })
+                Ok(Probe {
+                    size: answer.content_length(),
+                    credential: answer.credential().clone(),
+                })
             }
-            Err(error) => Err(self.judge_refusal(source, thing, name, &Arc::new(error)).await),
+            Err(error) => Err(self
+                .judge_refusal(source, thing, name, &Arc::new(error))
+                .await),
         }
     }
 
@@ -147,10 +183,20 @@ impl Cache {
 
     /// The upstream has answered 200 for this repository: it is open again, and nothing needs to be fetched anew.
     pub(super) async fn lift(&self, source: &Source) {
-        let Ok(true) = self.is_suspended(source) else { return };
-        let Ok(origin) = self.origin(source) else { return };
+        let Ok(true) = self.is_suspended(source) else {
+            return;
+        };
+        let Ok(origin) = self.origin(source) else {
+            return;
+        };
         tracing::info!(source = %source, "the upstream allows this repository again");
-        if let Err(error) = self.inner.store.catalog().lift(source, &origin.upstream.credential()).await {
+        if let Err(error) = self
+            .inner
+            .store
+            .catalog()
+            .lift(source, &origin.upstream.credential())
+            .await
+        {
             self.store_fault(&error);
         }
     }
@@ -162,10 +208,15 @@ impl Cache {
         if !catalog.knows(source).unwrap_or(false) {
             return;
         }
-        let Ok(origin) = self.origin(source) else { return };
+        let Ok(origin) = self.origin(source) else {
+            return;
+        };
         tracing::warn!(source = %source, "the upstream refuses this repository; what is held of it is suspended");
         let now = self.inner.clock.now();
-        if let Err(error) = catalog.suspend(source, &origin.upstream.credential(), now).await {
+        if let Err(error) = catalog
+            .suspend(source, &origin.upstream.credential(), now)
+            .await
+        {
             self.store_fault(&error);
         }
     }
@@ -197,21 +248,32 @@ impl Cache {
             | Fault::Encoded(_) => return CacheError::Upstream(Arc::clone(error)),
         };
         let ttl = match refusal {
-            Refusal::Unknown => self.origin(source).map(|origin| origin.rules.negative_ttl).unwrap_or_default(),
+            Refusal::Unknown => self
+                .origin(source)
+                .map(|origin| origin.rules.negative_ttl)
+                .unwrap_or_default(),
             Refusal::Denied => {
                 self.suspend(source).await;
                 SHARED_REFUSAL
             }
         };
-        self.inner.negatives.note((source.clone(), thing, name), refusal, ttl);
-        self.refused(source, thing, refusal)
+        self.inner
+            .negatives
+            .note((source.clone(), thing, name), refusal, ttl);
+        refused(source, thing, refusal)
     }
+}
 
-    pub(super) fn refused(&self, source: &Source, thing: Thing, refusal: Refusal) -> CacheError {
-        match refusal {
-            Refusal::Unknown => CacheError::Unknown { thing, source_: source.clone() },
-            Refusal::Denied => CacheError::Denied { source_: source.clone() },
-        }
+/// The error that a remembered refusal means.
+pub(super) fn refused(source: &Source, thing: Thing, refusal: Refusal) -> CacheError {
+    match refusal {
+        Refusal::Unknown => CacheError::Unknown {
+            thing,
+            source_: source.clone(),
+        },
+        Refusal::Denied => CacheError::Denied {
+            source_: source.clone(),
+        },
     }
 }
 

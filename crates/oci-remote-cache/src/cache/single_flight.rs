@@ -35,14 +35,20 @@ pub struct Lost;
 
 impl<K, V> Clone for Flights<K, V> {
     fn clone(&self) -> Self {
-        Self { under_way: Arc::clone(&self.under_way), tasks: self.tasks.clone() }
+        Self {
+            under_way: Arc::clone(&self.under_way),
+            tasks: self.tasks.clone(),
+        }
     }
 }
 
 impl<K: Clone + Eq + Hash + Send + 'static, V: Clone + Send + Sync + 'static> Flights<K, V> {
     /// Nothing under way.
     pub fn new(tasks: Tasks) -> Self {
-        Self { under_way: Arc::default(), tasks }
+        Self {
+            under_way: Arc::default(),
+            tasks,
+        }
     }
 
     /// The answer for `key`: that of the errand under way, or of `work`, which is started.
@@ -51,7 +57,11 @@ impl<K: Clone + Eq + Hash + Send + 'static, V: Clone + Send + Sync + 'static> Fl
         F: Future<Output = V> + Send + 'static,
     {
         let (mut answer, role) = self.join(key, work);
-        let value = answer.wait_for(Option::is_some).await.map_err(|_gone| Lost)?.clone();
+        let value = answer
+            .wait_for(Option::is_some)
+            .await
+            .map_err(|_gone| Lost)?
+            .clone();
         value.map(|value| (value, role)).ok_or(Lost)
     }
 
@@ -59,13 +69,19 @@ impl<K: Clone + Eq + Hash + Send + 'static, V: Clone + Send + Sync + 'static> Fl
     where
         F: Future<Output = V> + Send + 'static,
     {
-        let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut under_way = self
+            .under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(answer) = under_way.get(&key) {
             return (answer.clone(), Role::Joined);
         }
         let (tell, answer) = watch::channel(None);
         under_way.insert(key.clone(), answer.clone());
-        let landing = Landing { flights: self.clone(), key };
+        let landing = Landing {
+            flights: self.clone(),
+            key,
+        };
         let work = work();
         self.tasks.spawn(async move {
             let value = work.await;
@@ -82,9 +98,15 @@ struct Landing<K: Clone + Eq + Hash + Send + 'static, V: Clone + Send + Sync + '
     key: K,
 }
 
-impl<K: Clone + Eq + Hash + Send + 'static, V: Clone + Send + Sync + 'static> Drop for Landing<K, V> {
+impl<K: Clone + Eq + Hash + Send + 'static, V: Clone + Send + Sync + 'static> Drop
+    for Landing<K, V>
+{
     fn drop(&mut self) {
-        self.flights.under_way.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        self.flights
+            .under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.key);
     }
 }
 
@@ -119,7 +141,9 @@ mod tests {
             tokio::time::sleep(Duration::from_secs(5)).await;
             7
         };
-        tokio::time::timeout(Duration::from_secs(1), flights.run("key", errand)).await.unwrap_err();
+        tokio::time::timeout(Duration::from_secs(1), flights.run("key", errand))
+            .await
+            .unwrap_err();
         assert_eq!(flights.run("key", errand).await, Ok((7, Role::Joined)));
     }
 }

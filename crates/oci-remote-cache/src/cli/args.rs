@@ -91,7 +91,23 @@ pub(super) enum ConfigVerb {
     Reference,
 }
 
+impl Command {
+    /// Whether the command has to do with where is listened.
+    pub(super) fn listens(&self) -> bool {
+        match self {
+            Self::Serve(_) => true,
+            Self::Config { verb } => matches!(verb, ConfigVerb::Check(_) | ConfigVerb::Show(_)),
+            Self::Ls { .. } | Self::Completions { .. } | Self::Man => false,
+        }
+    }
+}
+
 impl ListenFlags {
+    /// Whether any of them was given.
+    pub(super) fn is_given(&self) -> bool {
+        self.listen.is_some() || self.admin_listen.is_some()
+    }
+
     /// Lays these flags over `overrides`.
     pub(super) fn add_to(self, overrides: &mut Overrides) {
         if self.listen.is_some() {

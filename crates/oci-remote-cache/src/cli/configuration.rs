@@ -34,11 +34,12 @@ fn check(sources: &Sources) -> Result<String, Failure> {
     let config = Config::check(&settings, &sources.environment)?;
     let what = match &sources.file {
         Some(path) => path.display().to_string(),
-        None => "no file, defaults only".to_owned(),
+        None => "no file".to_owned(),
     };
     let count = config.upstreams.len();
     let mut text = format!("OK: {what}; {count} upstreams\n");
-    for note in config::notes(&config, &settings) {
+    let notes = config::notes(&config, &settings);
+    for note in config::short_lived(&config).into_iter().chain(notes) {
         text.push_str("note: ");
         text.push_str(&note);
         text.push('\n');

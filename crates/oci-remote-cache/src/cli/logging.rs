@@ -153,3 +153,104 @@ impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> Filter<S> for LogFilter {
         Filter::on_close(&self.wanted, id, context);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use tracing::{Event, Subscriber};
+    use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
+    use tracing_subscriber::registry::Registry;
+
+    use super::{Verbosity, filter, targets};
+
+    /// Keeps what gets through a filter, as `target level`.
+    #[derive(Clone, Default)]
+    struct Seen(Arc<Mutex<Vec<String>>>);
+
+    impl<S: Subscriber> Layer<S> for Seen {
+        fn on_event(&self, event: &Event<'_>, _context: Context<'_, S>) {
+            let metadata = event.metadata();
+            let line = format!("{} {}", metadata.target(), metadata.level());
+            self.0.lock().unwrap().push(line);
+        }
+    }
+
+    fn seen(variable: Option<&str>, configured: Option<&str>, verbosity: u8) -> Vec<String> {
+        let environment: Vec<_> = variable
+            .map(|text| ("RUST_LOG".to_owned(), text.to_owned()))
+            .into_iter()
+            .collect();
+        let filter = filter(&environment, configured, Verbosity(verbosity)).unwrap();
+        let seen = Seen::default();
+        let subscriber = Registry::default().with(seen.clone().with_filter(filter));
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(target: "access", "");
+            tracing::debug!(target: "client", "");
+            tracing::trace!(target: "client", "");
+            tracing::debug!(target: "oci_remote_cache::store", "");
+            tracing::info!(target: "hyper_util::client", "");
+            tracing::debug!(target: "hyper_util::client", "");
+            tracing::trace!(target: "hyper::proto", "");
+            tracing::error!(target: "rustls", "");
+        });
+        let seen = seen.0.lock().unwrap();
+        seen.clone()
+    }
+
+    #[test]
+    fn info_is_the_default_and_v_opens_requests() {
+        let usual = ["access INFO", "hyper_util::client INFO", "rustls ERROR"];
+        assert_eq!(seen(None, None, 0), usual);
+        let verbose = seen(None, None, 1);
+        assert_eq!(verbose.len(), 4);
+        assert!(verbose.contains(&"client DEBUG".to_owned()));
+        let more = seen(None, None, 2);
+        assert_eq!(more.len(), 5);
+        assert!(more.contains(&"client TRACE".to_owned()));
+    }
+
+    #[test]
+    fn the_variable_beats_the_file_and_the_file_beats_v() {
+        assert_eq!(seen(None, Some("error"), 2), ["rustls ERROR"]);
+        let variable = seen(Some("access=info"), Some("error"), 2);
+        assert_eq!(variable, ["access INFO"]);
+        assert_eq!(seen(Some(" "), Some("error"), 0), ["rustls ERROR"]);
+    }
+
+    #[test]
+    fn a_bare_trace_does_not_open_other_peoples_crates() {
+        let all = seen(Some("trace"), None, 0);
+        assert_eq!(
+            all,
+            [
+                "access INFO",
+                "client DEBUG",
+                "client TRACE",
+                "oci_remote_cache::store DEBUG",
+                "hyper_util::client INFO",
+                "rustls ERROR",
+            ]
+        );
+        assert_eq!(seen(None, Some("trace,hyper_util=trace"), 0), all);
+        let named = seen(Some("trace,hyper_util=trace"), None, 0);
+        assert!(named.contains(&"hyper_util::client DEBUG".to_owned()));
+        // `hyper` is not named by `hyper_util`, nor the other way round.
+        assert!(!named.contains(&"hyper::proto TRACE".to_owned()));
+        let hyper = seen(Some("warn,hyper=trace"), None, 0);
+        assert_eq!(hyper.last().map(String::as_str), Some("rustls ERROR"));
+        assert!(hyper.contains(&"hyper::proto TRACE".to_owned()));
+    }
+
+    #[test]
+    fn a_bad_filter_is_named() {
+        let environment = [("RUST_LOG".to_owned(), "client=loud".to_owned())];
+        let error = filter(&environment, None, Verbosity(0)).unwrap_err();
+        assert!(error.starts_with("RUST_LOG: bad log filter \"client=loud\": "));
+        assert!(!error.contains('\n'));
+        assert_eq!(
+            targets("trace, h2=debug,[x]=info,client[a{b=1}]=debug,5"),
+            ["h2", "client"]
+        );
+    }
+}

@@ -202,8 +202,8 @@ mod tests {
         assert_eq!(size(1023), "1023 B");
         assert_eq!(size(1024), "1.0 KiB");
         assert_eq!(size(150 << 20), "150 MiB");
-        assert_eq!(size(u64::MAX), "16777216 TiB");
+        assert_eq!(size(u64::MAX), "16777215 TiB");
         assert_eq!(age(Duration::from_secs(3599)), "59m");
-        assert_eq!(age(Duration::from_secs(90_000)), "25h");
+        assert_eq!(age(Duration::from_hours(25)), "25h");
     }
 }

@@ -67,6 +67,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, actions: &Actions) -> 
 }
 
 fn dispatch(arguments: Arguments, actions: &Actions) -> Result<(), Failure> {
+    let listens = arguments.command.as_ref().is_none_or(Command::listens);
+    if !listens && arguments.listen.is_given() {
+        let what = "--listen and --admin-listen belong to serve, config check and config show";
+        return Err(Failure::Usage(what.to_owned()));
+    }
     let environment = config::environment();
     let mut sources = Sources {
         file: arguments.common.config,
@@ -135,4 +140,90 @@ fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
 #[expect(clippy::needless_pass_by_value, reason = "the shape map_err wants")]
 fn unprintable(error: io::Error) -> Failure {
     Failure::Failed(format!("cannot write to standard output: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use clap::{CommandFactory as _, Parser as _};
+
+    use super::args::Arguments;
+    use super::{Actions, Failure, dispatch, ls, pages};
+
+    const ACTIONS: Actions = Actions {
+        serve: |_| Err("served".to_owned()),
+        list: |folder| Err(format!("listed {}", folder.display())),
+    };
+
+    fn run(arguments: &[&str]) -> Result<(), Failure> {
+        let arguments = std::iter::once(&"oci-remote-cache").chain(arguments);
+        dispatch(Arguments::try_parse_from(arguments).unwrap(), &ACTIONS)
+    }
+
+    fn failed(arguments: &[&str]) -> String {
+        match run(arguments) {
+            Err(Failure::Failed(message)) => message,
+            Err(Failure::Usage(message)) => panic!("usage: {message}"),
+            Ok(()) => panic!("done"),
+        }
+    }
+
+    fn refused(arguments: &[&str]) -> String {
+        match run(arguments) {
+            Err(Failure::Usage(message)) => message,
+            Err(Failure::Failed(message)) => panic!("failed: {message}"),
+            Ok(()) => panic!("done"),
+        }
+    }
+
+    #[test]
+    fn arguments_are_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_may_stand_before_or_after_the_command() {
+        assert_eq!(failed(&["ls", "--cache-dir", "/a"]), "listed /a");
+        assert_eq!(failed(&["--cache-dir", "/a", "ls", "--json"]), "listed /a");
+        for arguments in [["--listen", "x", "serve"], ["serve", "--listen", "x"]] {
+            assert!(refused(&arguments).starts_with("flag --listen: "));
+        }
+        assert!(refused(&["--listen", "[::]:1", "ls"]).starts_with("--listen and"));
+        assert!(refused(&["--config", "/nowhere", "config", "check"]).contains("/nowhere: cannot"));
+    }
+
+    #[test]
+    fn a_template_never_overwrites() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("c.toml");
+        let path = path.to_str().unwrap();
+        assert!(run(&["config", "init", "--output", path]).is_ok());
+        fs::write(path, "mine").unwrap();
+        assert!(failed(&["config", "init", "--output", path]).contains("File exists"));
+        assert_eq!(fs::read_to_string(path).unwrap(), "mine");
+    }
+
+    #[test]
+    fn the_manual_tells_every_command() {
+        let page = String::from_utf8(pages::man().unwrap()).unwrap();
+        for name in [
+            "SERVE",
+            "LS",
+            "CONFIG CHECK",
+            "CONFIG SHOW",
+            "CONFIG INIT",
+            "CONFIG SCHEMA",
+        ] {
+            assert!(
+                page.contains(&format!(".SH \"OCI\\-REMOTE\\-CACHE {name}\"\n")),
+                "{page}"
+            );
+        }
+        assert!(!page.contains("REFERENCE"));
+        assert_eq!(page.matches("cache\\-dir\\fR \\fI<DIR>").count(), 1);
+        let script = pages::completions(clap_complete::Shell::Bash);
+        assert!(!script.is_empty());
+        assert_eq!(ls::json(&[]), "[]\n");
+    }
 }

@@ -1,8 +1,8 @@
 //! Completion scripts and the manual page, made from the arguments.
 
-use std::io;
+use std::io::{self, Write as _};
 
-use clap::CommandFactory as _;
+use clap::{Command, CommandFactory as _};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
@@ -22,6 +22,55 @@ pub(super) fn man() -> io::Result<Vec<u8>> {
     let mut page = Vec::new();
     let mut command = Arguments::command();
     command.build();
-    Man::new(command).render(&mut page)?;
+    let whole = Man::new(command.clone());
+    whole.render_title(&mut page)?;
+    whole.render_name_section(&mut page)?;
+    whole.render_synopsis_section(&mut page)?;
+    whole.render_description_section(&mut page)?;
+    whole.render_options_section(&mut page)?;
+    for below in commands(&command) {
+        section(&mut page, below)?;
+    }
     Ok(page)
+}
+
+/// The commands below `command` that do something themselves.
+fn commands(command: &Command) -> Vec<&Command> {
+    let shown = command
+        .get_subcommands()
+        .filter(|below| !below.is_hide_set() && below.get_name() != "help");
+    shown
+        .flat_map(|below| {
+            let deeper = commands(below);
+            if deeper.is_empty() {
+                vec![below]
+            } else {
+                deeper
+            }
+        })
+        .collect()
+}
+
+/// One command's own arguments; the flags that all have were told before.
+fn section(page: &mut Vec<u8>, command: &Command) -> io::Result<()> {
+    let name = command.get_bin_name().unwrap_or_else(|| command.get_name());
+    writeln!(page, ".SH \"{}\"", name.to_uppercase().replace('-', "\\-"))?;
+    if let Some(about) = command.get_about() {
+        // A line of roff must not begin with a dot or a quote; no description does.
+        writeln!(page, "{about}")?;
+    }
+    let own = command.clone().mut_args(|arg| {
+        let everywhere = arg.is_global_set() || arg.get_id() == "help";
+        arg.hide(everywhere)
+    });
+    let mut options = Vec::new();
+    Man::new(own).render_options_section(&mut options)?;
+    let text = String::from_utf8_lossy(&options);
+    // Each part that is rendered brings a heading and a preamble; the page has both already.
+    let known = [".SH", ".ie", ".el"];
+    let lines = text.lines();
+    for line in lines.filter(|line| !known.iter().any(|start| line.starts_with(start))) {
+        writeln!(page, "{line}")?;
+    }
+    Ok(())
 }

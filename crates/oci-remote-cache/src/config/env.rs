@@ -47,6 +47,9 @@ pub(super) fn read(
     problems: &mut Vec<Problem>,
 ) -> Vec<Entry> {
     let candidates = candidates(upstreams);
+    let is_secret = |name: &String| {
+        secrets.contains(name) || named_by_a_variable(name, environment, &candidates)
+    };
     let mut entries: Vec<Entry> = Vec::new();
     for (name, value) in environment {
         if !name.starts_with(PREFIX) {
@@ -58,7 +61,7 @@ pub(super) fn read(
                 problems.push(Problem::at(&entry.origin, &entry.path, what));
             }
             Ok(Some(entry)) => entries.push(entry),
-            Ok(None) if secrets.contains(name) || is_service_link(name, value) => {}
+            Ok(None) if is_secret(name) || is_service_link(name, value) => {}
             Ok(None) => problems.push(unknown(name, &candidates)),
             Err(problem) => problems.push(problem),
         }
@@ -140,6 +143,20 @@ fn entry(name: &str, value: &str, candidates: &[Candidate]) -> Result<Option<Ent
         written,
         origin: Origin::Variable(name.to_owned()),
     }))
+}
+
+/// Whether another variable says that a secret is in the variable `name`.
+fn named_by_a_variable(
+    name: &str,
+    environment: &[(String, String)],
+    candidates: &[Candidate],
+) -> bool {
+    let mut naming = environment.iter().filter(|(_, value)| value == name);
+    naming.any(|(variable, _)| {
+        candidates
+            .iter()
+            .any(|one| one.part == Some("env") && one.variable == *variable)
+    })
 }
 
 /// Kubernetes gives every container variables for each Service of its namespace, named after the Service. One called

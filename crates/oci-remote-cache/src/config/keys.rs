@@ -159,7 +159,7 @@ const ALL: &[Key] = &[
     Key {
         path: &["upstreams", "*", "url"],
         kind: Kind::Url,
-        default: Default::Words("none: required, except for a built-in upstream"),
+        default: Default::Words("that of the built-in upstream of this name; any other needs one"),
         example: "\"https://registry.example.com\"",
         doc: "Where the registry answers, without `/v2`. It may carry a path prefix. `http://` means no TLS.",
     },
@@ -194,14 +194,14 @@ const ALL: &[Key] = &[
     Key {
         path: &["upstreams", "*", "credentials", "username"],
         kind: Kind::Username,
-        default: Default::Words("none: anonymous"),
+        default: Default::Words("none, which means anonymous"),
         example: "\"robot\"",
         doc: "User name for this upstream.",
     },
     Key {
         path: &["upstreams", "*", "credentials", "password"],
         kind: Kind::Secret,
-        default: Default::Words("none: anonymous"),
+        default: Default::Words("none, which means anonymous"),
         example: "{ file = \"/run/secrets/registry-password\" }",
         doc: "Password or token: text, `{ file = \"…\" }` (line ends at its end are dropped) or `{ env = \"…\" }`.",
     },
@@ -236,7 +236,7 @@ const ALL: &[Key] = &[
     Key {
         path: &["upstreams", "*", "ca_file"],
         kind: Kind::Path,
-        default: Default::Words("none: the system's trust roots only"),
+        default: Default::Words("none, only the system's trust roots"),
         example: "\"/etc/ssl/registry-ca.pem\"",
         doc: "PEM file with a further trust root for this upstream.",
     },

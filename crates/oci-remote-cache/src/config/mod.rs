@@ -29,7 +29,7 @@ use url::Url;
 
 pub use self::env::environment;
 pub use self::error::ConfigError;
-pub use self::notes::notes;
+pub use self::notes::{notes, short_lived};
 pub use self::pages::{reference, template};
 pub use self::schema::schema;
 pub use self::settings::{Overrides, Settings, Sources};

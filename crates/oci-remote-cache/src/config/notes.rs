@@ -17,10 +17,8 @@ use super::{Config, UpstreamConfig};
 
 /// What is noteworthy, one line each.
 pub fn notes(config: &Config, settings: &Settings) -> Vec<String> {
-    let mut notes: Vec<String> = [cache_dir(config), max_blob(config), nothing_default(config)]
-        .into_iter()
-        .flatten()
-        .collect();
+    let about = [max_blob(config), nothing_default(config)];
+    let mut notes: Vec<String> = about.into_iter().flatten().collect();
     for upstream in &config.upstreams {
         let key = &upstream.key;
         let about = [clear(upstream), ca(upstream), shadow(config, upstream)];
@@ -31,7 +29,8 @@ pub fn notes(config: &Config, settings: &Settings) -> Vec<String> {
     notes
 }
 
-fn cache_dir(config: &Config) -> Option<String> {
+/// Whether files in `cache_dir` go away by themselves. The store looks closer when it opens, and tells at start-up.
+pub fn short_lived(config: &Config) -> Option<String> {
     let short_lived = ["/tmp", "/var/tmp", "/dev/shm", "/run"];
     let found = short_lived
         .into_iter()

@@ -1,1 +1,749 @@
+//! From text to configuration and back: what is accepted, and the exact words about what is not.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use super::keys::{NOT_YET, all_keys, keys};
+use super::{
+    Config, Overrides, Settings, Sources, notes, reference, schema, short_lived, show, template,
+};
+
+/// A folder with a configuration file, and what else a case needs.
+struct Case {
+    folder: TempDir,
+    sources: Sources,
+}
+
+impl Case {
+    fn file(text: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("c.toml");
+        fs::write(&path, text).unwrap();
+        let sources = Sources {
+            file: Some(path),
+            ..Sources::default()
+        };
+        Self { folder, sources }
+    }
+
+    fn variables(text: &str, variables: &[(&str, &str)]) -> Self {
+        let mut case = Self::file(text);
+        case.sources.environment = variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect();
+        case
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn load(&self) -> Config {
+        Config::load(&self.sources).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The error, with the folder's name left out.
+    fn error(&self) -> String {
+        let error = Config::load(&self.sources).unwrap_err().to_string();
+        error.replace(&format!("{}/", self.folder.path().display()), "")
+    }
+
+    fn shown(&self) -> String {
+        show(&Settings::read(&self.sources).unwrap())
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let settings = Settings::read(&self.sources).unwrap();
+        notes(&self.load(), &settings)
+    }
+}
+
+fn upstream<'a>(config: &'a Config, key: &str) -> &'a super::UpstreamConfig {
+    config.upstreams.iter().find(|one| one.key == key).unwrap()
+}
+
+#[test]
+fn nothing_configured_is_a_configuration() {
+    let config = Config::load(&Sources::default()).unwrap();
+    assert_eq!(config.listen.to_string(), "[::]:8080");
+    assert_eq!(config.admin_listen.to_string(), "127.0.0.1:8081");
+    assert_eq!(config.cache_dir, Path::new("/tmp/cache/oci"));
+    assert_eq!(config.default_upstream.as_deref(), Some("docker.io"));
+    assert_eq!(config.log, None);
+    assert_eq!(config.cache, super::CacheConfig::default());
+    let keys: Vec<&str> = config
+        .upstreams
+        .iter()
+        .map(|one| one.key.as_str())
+        .collect();
+    assert_eq!(
+        keys,
+        [
+            "docker.io",
+            "gcr.io",
+            "ghcr.io",
+            "jfrog-docker-reg2.bintray.io",
+            "lscr.io",
+            "mcr.microsoft.com",
+            "nvcr.io",
+            "public.ecr.aws",
+            "quay.io",
+            "registry.access.redhat.com",
+            "registry.k8s.io",
+        ]
+    );
+    assert!(short_lived(&config).is_some_and(|note| note.starts_with("cache_dir:")));
+}
+
+#[test]
+fn built_in_upstreams_know_their_ways() {
+    let config = Config::load(&Sources::default()).unwrap();
+    let hub = upstream(&config, "docker.io");
+    assert_eq!(hub.url.as_str(), "https://registry-1.docker.io/");
+    assert_eq!(
+        hub.aliases,
+        [
+            "index.docker.io",
+            "registry-1.docker.io",
+            "registry.hub.docker.com"
+        ]
+    );
+    assert!(hub.library && !upstream(&config, "quay.io").library);
+    assert_eq!(hub.token_realms, ["auth.docker.io"]);
+    assert_eq!(hub.tag_ttl, Duration::from_mins(1));
+    assert_eq!(hub.negative_ttl, Duration::from_secs(10));
+    assert!(hub.credentials.is_none() && hub.serve.is_none() && hub.mirrors.is_empty());
+    assert_eq!((hub.connections_per_blob, hub.max_connections), (8, 64));
+    let bintray = upstream(&config, "jfrog-docker-reg2.bintray.io");
+    assert_eq!(bintray.url.as_str(), "https://releases-docker.jfrog.io/");
+}
+
+#[test]
+fn every_key_of_the_file_arrives() {
+    let case = Case::file(
+        r#"
+        listen = "127.0.0.1:0"
+        admin_listen = "127.0.0.1:0"
+        cache_dir = "/var/cache/x"
+        default_upstream = "alias.example"
+        log = "warn,upstream=debug"
+        [cache]
+        max_size = "50GiB"
+        max_blob = 1000
+        [upstreams."corp.example"]
+        url = "http://corp.example:5000/prefix/"
+        aliases = ["alias.example"]
+        library = true
+        tag_ttl = "1.5s"
+        negative_ttl = "0s"
+        credentials = { username = "$oauthtoken", password = "p" }
+        token_realms = ["Auth.Example:8443"]
+        [upstreams."docker.io"]
+        tag_ttl = "3600s"
+        "#,
+    );
+    let config = case.load();
+    assert_eq!(config.default_upstream.as_deref(), Some("corp.example"));
+    assert_eq!(config.log.as_deref(), Some("warn,upstream=debug"));
+    assert_eq!(config.cache.max_size, Some(50 << 30));
+    assert_eq!(config.cache.max_blob, Some(1000));
+    let corp = upstream(&config, "corp.example");
+    assert_eq!(corp.url.as_str(), "http://corp.example:5000/prefix");
+    assert!(corp.library);
+    assert_eq!(corp.tag_ttl, Duration::from_millis(1500));
+    assert_eq!(corp.negative_ttl, Duration::ZERO);
+    assert_eq!(corp.token_realms, ["auth.example:8443"]);
+    let credentials = corp.credentials.as_ref().unwrap();
+    assert_eq!(credentials.username, "$oauthtoken");
+    assert_eq!(credentials.password.expose(), "p");
+    // A section of a built-in upstream overrides it key by key.
+    let hub = upstream(&config, "docker.io");
+    assert_eq!(hub.tag_ttl, Duration::from_hours(1));
+    assert!(hub.library && hub.url.as_str() == "https://registry-1.docker.io/");
+    assert!(!format!("{config:?}").contains("\"p\""));
+}
+
+#[test]
+fn an_empty_default_upstream_is_none() {
+    let case = Case::file("default_upstream = \"\"");
+    assert_eq!(case.load().default_upstream, None);
+    assert!(case.notes().concat().contains("default_upstream"));
+}
+
+/// Files with one slip, and the line that tells it.
+const BAD_FILES: &[(&str, &str)] = &[
+    (
+        "listn = \"x\"",
+        r#"c.toml:1: key "listn": unknown key; did you mean "listen"?"#,
+    ),
+    (
+        "\n[upstreams.\"docker.io\"]\n\ntag_tll = \"1m\"",
+        r#"c.toml:4: key "upstreams.docker.io.tag_tll": unknown key; did you mean "tag_ttl"?"#,
+    ),
+    (
+        "[upstream.\"docker.io\"]",
+        r#"c.toml:1: key "upstream": unknown key; did you mean "upstreams"?"#,
+    ),
+    (
+        "[upstreams.docker.io]\nlibrary = true",
+        r#"c.toml:1: key "upstreams.docker.io": unknown key; a name with dots needs quotes, as in [upstreams."docker.io"]"#,
+    ),
+    (
+        "max_size = \"1GiB\"",
+        r#"c.toml:1: key "max_size": unknown key; did you mean "cache.max_size"?"#,
+    ),
+    (
+        "[cache]\nlisten = \"[::]:80\"",
+        r#"c.toml:2: key "cache.listen": unknown key; did you mean "listen"?"#,
+    ),
+    (
+        "tag_ttl = \"1m\"",
+        r#"c.toml:1: key "tag_ttl": unknown key; did you mean "upstreams.<key>.tag_ttl"?"#,
+    ),
+    (
+        "[upstreams.\"docker.io\"]\nusername = \"u\"",
+        r#"c.toml:2: key "upstreams.docker.io.username": unknown key; did you mean "upstreams.docker.io.credentials.username"?"#,
+    ),
+    ("zzz = 1", r#"c.toml:1: key "zzz": unknown key"#),
+    ("\"a\\nb\" = 1", r#"c.toml:1: key "a\nb": unknown key"#),
+    (
+        "listen = 8080",
+        r#"c.toml:1: key "listen": must be a string, found an integer"#,
+    ),
+    (
+        "cache = 1",
+        r#"c.toml:1: key "cache": must be a table, found an integer"#,
+    ),
+    (
+        "cache_dir = { a = 1 }",
+        r#"c.toml:1: key "cache_dir": must be a string, found a table"#,
+    ),
+    (
+        "cache_dir = \"\"",
+        r#"c.toml:1: key "cache_dir": must be a path in UTF-8, not empty"#,
+    ),
+    (
+        "listen = \":8080\"",
+        r#"c.toml:1: key "listen": bad address ":8080": the part before the port must be an IP address, as in "[::]:8080" or "127.0.0.1:8080""#,
+    ),
+    (
+        "listen = \"localhost\"",
+        r#"c.toml:1: key "listen": bad address "localhost": write it like "[::]:8080" or "127.0.0.1:8080""#,
+    ),
+    (
+        "admin_listen = \"127.0.0.1:8080\"",
+        r#"c.toml:1: key "admin_listen": 127.0.0.1:8080 is taken by listen = "[::]:8080"; give it another port"#,
+    ),
+    (
+        "[cache]\nmax_size = \"lots\"",
+        r#"c.toml:2: key "cache.max_size": bad size "lots": write it like "50GiB", "500MB" or as plain bytes"#,
+    ),
+    (
+        "cache.max_size = -1",
+        r#"c.toml:1: key "cache.max_size": bad size: must be at least 1 byte"#,
+    ),
+    (
+        "cache.max_size = 0",
+        r#"c.toml:1: key "cache.max_size": bad size: must be at least 1 byte"#,
+    ),
+    (
+        "cache.max_size = 1.5",
+        r#"c.toml:1: key "cache.max_size": must be a size like "50GiB", found a float"#,
+    ),
+    (
+        "upstreams.\"quay.io\".tag_ttl = \"soon\"",
+        r#"c.toml:1: key "upstreams.quay.io.tag_ttl": bad duration "soon": write it like "10s", "1m" or "1h30m""#,
+    ),
+    (
+        "upstreams.\"quay.io\".tag_ttl = 60",
+        r#"c.toml:1: key "upstreams.quay.io.tag_ttl": must be a string like "1m", found an integer"#,
+    ),
+    (
+        "upstreams.\"quay.io\".tag_ttl = \"60\"",
+        r#"c.toml:1: key "upstreams.quay.io.tag_ttl": bad duration "60": a unit is missing (ms, s, m, h or d)"#,
+    ),
+    (
+        "upstreams.\"quay.io\".library = \"yes\"",
+        r#"c.toml:1: key "upstreams.quay.io.library": must be true or false, found a string"#,
+    ),
+    (
+        "log = \"upstream=loud\"",
+        r#"c.toml:1: key "log": bad log filter "upstream=loud": error parsing level filter: expected one of "off", "error", "warn", "info", "debug", "trace", or a number 0-5"#,
+    ),
+    (
+        "default_upstream = \"dockr.io\"",
+        r#"c.toml:1: key "default_upstream": no upstream is called "dockr.io"; did you mean "docker.io"?"#,
+    ),
+    ("a = 1\na = 2", "c.toml:2: not valid TOML: duplicate key"),
+];
+
+#[test]
+fn bad_files_get_one_exact_line() {
+    for (text, error) in BAD_FILES {
+        assert_eq!(Case::file(text).error(), *error, "{text}");
+    }
+}
+
+/// The same for sections of upstreams.
+const BAD_UPSTREAMS: &[(&str, &str)] = &[
+    (
+        "[upstreams.\"qay.io\"]",
+        r#"c.toml:1: key "upstreams.qay.io": has no url and is not built in; did you mean "quay.io"?"#,
+    ),
+    (
+        "[upstreams.\"a/b\"]",
+        r#"c.toml:1: key "upstreams.a/b": bad name "a/b": must be one path segment, made of letters, digits, '.', '-', '_' and ':'"#,
+    ),
+    (
+        "[upstreams.Corp]",
+        r#"c.toml:1: key "upstreams.Corp": bad name "Corp": must be lower case"#,
+    ),
+    (
+        "[upstreams.x]\nurl = \"registry:5000\"",
+        r#"c.toml:2: key "upstreams.x.url": bad url "registry:5000": must begin with https:// or http://"#,
+    ),
+    (
+        "[upstreams.x]\nurl = \"https://u:hunter2@h\"",
+        r#"c.toml:2: key "upstreams.x.url": bad url: user name and password do not belong in it; use credentials"#,
+    ),
+    (
+        "[upstreams.x]\nurl = \"https://h/v2/\"",
+        r#"c.toml:2: key "upstreams.x.url": bad url "https://h/v2/": leave out /v2, it is added to every request"#,
+    ),
+    (
+        "[upstreams.x]\nurl = \"https://h\"\naliases = \"y\"",
+        r#"c.toml:3: key "upstreams.x.aliases": must be an array of strings, found a string"#,
+    ),
+    (
+        "[upstreams.x]\nurl = \"https://h\"\naliases = [\"quay.io\"]",
+        r#"c.toml:3: key "upstreams.x.aliases": "quay.io" is an upstream of its own"#,
+    ),
+    (
+        "[upstreams.a]\nurl = \"https://h\"\naliases = [\"index.docker.io\"]",
+        r#"c.toml:3: key "upstreams.a.aliases": "index.docker.io" is an alias of "docker.io" already"#,
+    ),
+    (
+        "[upstreams.x]\nurl = \"https://h\"\naliases = [\"index.docker.io\"]",
+        r#"c.toml:3: key "upstreams.x.aliases": "index.docker.io" is an alias of "docker.io" already"#,
+    ),
+    (
+        "[upstreams.\"index.docker.io\"]\nurl = \"https://h\"",
+        r#"c.toml:1: key "upstreams.index.docker.io": is an alias of the upstream "docker.io" already"#,
+    ),
+    (
+        "upstreams.\"ghcr.io\".token_realms = [\"https://auth\"]",
+        r#"c.toml:1: key "upstreams.ghcr.io.token_realms": bad host "https://auth": write "host" or "host:port", without scheme, path or wildcard"#,
+    ),
+    (
+        "upstreams.\"ghcr.io\".credentials.username = \"u\"",
+        r#"c.toml:1: key "upstreams.ghcr.io.credentials.username": needs a password beside it"#,
+    ),
+    (
+        "upstreams.\"ghcr.io\".credentials.password = \"hunter2\"",
+        r#"c.toml:1: key "upstreams.ghcr.io.credentials.password": needs a username beside it"#,
+    ),
+    (
+        "upstreams.\"ghcr.io\".credentials = { username = \"u\", password = \"\" }",
+        r#"c.toml:1: key "upstreams.ghcr.io.credentials.password": is empty"#,
+    ),
+    (
+        "upstreams.\"ghcr.io\".credentials = { username = \"u:x\", password = \"p\" }",
+        r#"c.toml:1: key "upstreams.ghcr.io.credentials.username": must be a user name: not empty, no colon, no control characters"#,
+    ),
+    (
+        "upstreams.\"ghcr.io\".credentials = { username = \"u\", password = { fil = \"x\" } }",
+        r#"c.toml:1: key "upstreams.ghcr.io.credentials.password": must be a string, { file = "…" } or { env = "…" }"#,
+    ),
+    (
+        "upstreams.\"ghcr.io\".credentials = { username = \"u\", password = { file = \"/nowhere/p\" } }",
+        r#"c.toml:1: key "upstreams.ghcr.io.credentials.password": cannot read the file /nowhere/p: No such file or directory (os error 2)"#,
+    ),
+    (
+        "upstreams.\"ghcr.io\".credentials = { username = \"u\", password = { env = \"NOT_SET\" } }",
+        r#"c.toml:1: key "upstreams.ghcr.io.credentials.password": the environment variable NOT_SET is not set"#,
+    ),
+    (
+        "upstreams.\"ghcr.io\".ca_file = \"/nowhere/ca\"",
+        r#"c.toml:1: key "upstreams.ghcr.io.ca_file": cannot read the file /nowhere/ca: No such file or directory (os error 2)"#,
+    ),
+];
+
+#[test]
+fn bad_upstreams_get_one_exact_line() {
+    for (text, error) in BAD_UPSTREAMS {
+        assert_eq!(Case::file(text).error(), *error, "{text}");
+    }
+}
+
+#[test]
+fn several_slips_are_several_lines_from_the_top() {
+    let error = Case::file("zzz = 1\nlisen = 1\n[cache]\nyyy = 1").error();
+    let lines: Vec<&str> = error.lines().collect();
+    assert_eq!(lines.len(), 3);
+    assert!(lines[0].starts_with("c.toml:1: ") && lines[2].starts_with("c.toml:4: "));
+}
+
+#[test]
+fn syntax_errors_have_a_line_and_show_no_secret() {
+    let error = Case::file("\nlisten = \"x\"\npassword = \"hunter2\n").error();
+    assert!(error.starts_with("c.toml:3: not valid TOML: "), "{error}");
+    assert!(!error.contains("hunter2") && !error.contains('\n'));
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_named() {
+    let case = Case::file("");
+    let mut sources = case.sources.clone();
+    sources.file = Some(case.path("none.toml"));
+    let error = Config::load(&sources).unwrap_err().to_string();
+    assert!(
+        error.ends_with("none.toml: cannot read this file: No such file or directory (os error 2)")
+    );
+    sources.file = Some(case.folder.path().to_owned());
+    let error = Config::load(&sources).unwrap_err().to_string();
+    assert!(
+        error.contains(": cannot read this file: Is a directory"),
+        "{error}"
+    );
+    fs::write(case.path("c.toml"), b"listen = \"\xff\"").unwrap();
+    assert!(
+        case.error().starts_with("c.toml: cannot read this file: "),
+        "{}",
+        case.error()
+    );
+}
+
+#[test]
+fn cache_dir_must_not_be_a_file() {
+    let case = Case::file("");
+    fs::write(case.path("f"), "").unwrap();
+    fs::write(
+        case.path("c.toml"),
+        format!("cache_dir = {:?}", case.path("f")),
+    )
+    .unwrap();
+    assert_eq!(
+        case.error(),
+        "c.toml:1: key \"cache_dir\": f is there and is no folder"
+    );
+}
+
+#[test]
+fn keys_to_come_are_unknown() {
+    for path in NOT_YET {
+        assert!(all_keys().any(|key| key.path == *path), "{path:?}");
+        let name = path.last().unwrap();
+        let text = if path.len() == 1 {
+            format!("{name} = []")
+        } else {
+            format!("[upstreams.\"docker.io\"]\n{name} = 1")
+        };
+        let error = Case::file(&text).error();
+        assert!(error.contains(": unknown key"), "{error}");
+        assert!(!template().contains(&format!("\n#{name} =")));
+        assert!(!reference().contains(&format!("`{name}`")));
+        assert!(!schema().contains(&format!("\"{name}\"")));
+    }
+}
+
+#[test]
+fn secrets_come_from_files_and_variables() {
+    let case = Case::variables("", &[("TOKEN", "from-env")]);
+    fs::write(case.path("p"), "from file\r\n").unwrap();
+    let text = format!(
+        "[upstreams.\"ghcr.io\".credentials]\nusername = \"u\"\npassword = {{ file = {:?} }}\n\
+         [upstreams.\"quay.io\".credentials]\nusername = \"u\"\npassword = {{ env = \"TOKEN\" }}\n",
+        case.path("p")
+    );
+    fs::write(case.path("c.toml"), text).unwrap();
+    let config = case.load();
+    let password = |key| {
+        let credentials = upstream(&config, key).credentials.clone().unwrap();
+        credentials.password.expose().to_owned()
+    };
+    assert_eq!(password("ghcr.io"), "from file");
+    assert_eq!(password("quay.io"), "from-env");
+    let shown = case.shown();
+    assert!(shown.contains("credentials.password = \"***\""));
+    assert!(!shown.contains("from file") && !shown.contains("from-env"));
+    assert!(!format!("{:?}", case.sources).contains("from-env"));
+    let settings = Settings::read(&case.sources).unwrap();
+    assert!(!format!("{config:?}{settings:?}").contains("from"));
+}
+
+#[test]
+fn variables_override_the_file_and_flags_both() {
+    let mut case = Case::variables(
+        "listen = \"127.0.0.1:1\"\nadmin_listen = \"127.0.0.1:2\"\ncache_dir = \"/file\"\n\
+         [upstreams.\"my-reg:5000\"]\nurl = \"https://r\"",
+        &[
+            ("OCI_REMOTE_CACHE_LISTEN", "127.0.0.1:11"),
+            ("OCI_REMOTE_CACHE_ADMIN_LISTEN", "127.0.0.1:12"),
+            ("OCI_REMOTE_CACHE_CACHE__MAX_SIZE", "1GiB"),
+            (
+                "OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__ALIASES",
+                "a.example, b.example",
+            ),
+            ("OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__LIBRARY", "false"),
+            (
+                "OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__CREDENTIALS__USERNAME",
+                "u",
+            ),
+            (
+                "OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__CREDENTIALS__PASSWORD__ENV",
+                "OCI_REMOTE_CACHE_P",
+            ),
+            ("OCI_REMOTE_CACHE_P", "p"),
+            ("OCI_REMOTE_CACHE_UPSTREAMS__MY_REG_5000__TAG_TTL", "1h"),
+            ("CACHE_DIRECTORY", "/systemd"),
+            ("PATH", "/bin"),
+        ],
+    );
+    case.sources.overrides = Overrides {
+        listen: Some("127.0.0.1:21".to_owned()),
+        ..Overrides::default()
+    };
+    let config = case.load();
+    assert_eq!(config.listen.port(), 21);
+    assert_eq!(config.admin_listen.port(), 12);
+    assert_eq!(config.cache_dir, Path::new("/file"));
+    assert_eq!(config.cache.max_size, Some(1 << 30));
+    let hub = upstream(&config, "docker.io");
+    assert_eq!(hub.aliases, ["a.example", "b.example"]);
+    assert!(!hub.library);
+    assert_eq!(hub.credentials.as_ref().unwrap().password.expose(), "p");
+    assert_eq!(
+        upstream(&config, "my-reg:5000").tag_ttl,
+        Duration::from_hours(1)
+    );
+    let shown = case.shown();
+    for line in [
+        "listen = \"127.0.0.1:21\"  # flag --listen",
+        "admin_listen = \"127.0.0.1:12\"  # env OCI_REMOTE_CACHE_ADMIN_LISTEN",
+        "tag_ttl = \"1h\"  # env OCI_REMOTE_CACHE_UPSTREAMS__MY_REG_5000__TAG_TTL",
+        "[upstreams.\"docker.io\"]  # built in",
+        "url = \"https://registry-1.docker.io\"  # built in",
+        "negative_ttl = \"10s\"  # default",
+        "read from env OCI_REMOTE_CACHE_P\n",
+        "c.toml:3\n",
+    ] {
+        assert!(shown.contains(line), "{line}\n{shown}");
+    }
+}
+
+#[test]
+fn bad_variables_and_flags_get_one_exact_line() {
+    let two =
+        "[upstreams.\"my.reg\"]\nurl = \"https://a\"\n[upstreams.\"my-reg\"]\nurl = \"https://b\"";
+    for (text, name, value, error) in [
+        (
+            "",
+            "OCI_REMOTE_CACHE_LISTN",
+            "x",
+            "environment variable OCI_REMOTE_CACHE_LISTN: no such key; did you mean OCI_REMOTE_CACHE_LISTEN?",
+        ),
+        (
+            "",
+            "OCI_REMOTE_CACHE_CACHE_MAX_SIZE",
+            "x",
+            "environment variable OCI_REMOTE_CACHE_CACHE_MAX_SIZE: no such key; did you mean OCI_REMOTE_CACHE_CACHE__MAX_SIZE?",
+        ),
+        (
+            "",
+            "OCI_REMOTE_CACHE_CACHE__MAX_SIZE",
+            "x",
+            "environment variable OCI_REMOTE_CACHE_CACHE__MAX_SIZE: key \"cache.max_size\": bad size \"x\": write it like \"50GiB\", \"500MB\" or as plain bytes",
+        ),
+        (
+            "",
+            "OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__LIBRARY",
+            "yes",
+            "environment variable OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__LIBRARY: key \"upstreams.docker.io.library\": must be true or false, found a string",
+        ),
+        (
+            two,
+            "OCI_REMOTE_CACHE_UPSTREAMS__MY_REG__TAG_TTL",
+            "1m",
+            "environment variable OCI_REMOTE_CACHE_UPSTREAMS__MY_REG__TAG_TTL: fits two keys, \"upstreams.my-reg.tag_ttl\" and \"upstreams.my.reg.tag_ttl\"; set it in the file instead",
+        ),
+        (
+            "",
+            "OCI_REMOTE_CACHE_LOG",
+            "\u{fffd}",
+            "environment variable OCI_REMOTE_CACHE_LOG: is not UTF-8",
+        ),
+    ] {
+        assert_eq!(Case::variables(text, &[(name, value)]).error(), error);
+    }
+    let mut case = Case::variables(two, &[]);
+    case.load();
+    case.sources.overrides.listen = Some("80".to_owned());
+    assert_eq!(
+        case.error(),
+        "flag --listen: key \"listen\": bad address \"80\": write it like \"[::]:8080\" or \"127.0.0.1:8080\""
+    );
+    let prefix = "OCI_REMOTE_CACHE_UPSTREAMS__QUAY_IO__CREDENTIALS__PASSWORD";
+    let (file, text) = (format!("{prefix}__FILE"), prefix.to_owned());
+    let case = Case::variables("", &[(&text, "hunter2"), (&file, "/p")]);
+    assert_eq!(
+        case.error(),
+        format!(
+            "environment variable {file}: key \"upstreams.quay.io.credentials.password\": is set by a second variable too; keep one"
+        )
+    );
+}
+
+#[test]
+fn kubernetes_service_links_are_no_keys() {
+    Case::variables(
+        "",
+        &[
+            ("OCI_REMOTE_CACHE_SERVICE_HOST", "10.0.0.1"),
+            ("OCI_REMOTE_CACHE_SERVICE_PORT", "8080"),
+            ("OCI_REMOTE_CACHE_SERVICE_PORT_HTTP", "8080"),
+            ("OCI_REMOTE_CACHE_PORT", "tcp://10.0.0.1:8080"),
+            ("OCI_REMOTE_CACHE_PORT_8080_TCP", "tcp://10.0.0.1:8080"),
+            ("OCI_REMOTE_CACHE_PORT_8080_TCP_ADDR", "10.0.0.1"),
+            ("OCI_REMOTE_CACHE_ADMIN_SERVICE_HOST", "10.0.0.2"),
+            ("OCI_REMOTE_CACHE_ADMIN_PORT_8081_TCP_PROTO", "tcp"),
+        ],
+    )
+    .load();
+    let case = Case::variables("", &[("OCI_REMOTE_CACHE_PORT", "8080")]);
+    assert!(case.error().contains("OCI_REMOTE_CACHE_PORT: no such key"));
+}
+
+#[test]
+fn systemd_gives_the_folder_where_nothing_else_does() {
+    let case = Case::variables("", &[("CACHE_DIRECTORY", "/var/cache/a:/var/cache/b")]);
+    assert_eq!(case.load().cache_dir, Path::new("/var/cache/a"));
+    assert!(
+        case.shown()
+            .contains("cache_dir = \"/var/cache/a\"  # env CACHE_DIRECTORY")
+    );
+}
+
+#[test]
+fn what_is_shown_reads_back_the_same() {
+    let case = Case::file(
+        "cache.max_size = \"1.5GiB\"\nlog = \"info\"\n[upstreams.\"c\"]\nurl = \"https://c/a\\u0022b\"\n\
+         tag_ttl = \"90m\"\ncredentials = { username = \"a\\\\b\\\"c\", password = \"p\" }\n",
+    );
+    let shown = case.shown();
+    let again = Case::file(&shown);
+    let (first, second) = (case.load(), again.load());
+    assert_eq!(format!("{first:?}"), format!("{second:?}"));
+    let without_comments = |text: &str| -> Vec<String> {
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        lines
+            .map(|line| line.split("  # ").next().unwrap().to_owned())
+            .collect()
+    };
+    assert_eq!(without_comments(&shown), without_comments(&again.shown()));
+}
+
+#[test]
+fn the_template_sets_nothing_and_is_right_when_uncommented() {
+    let as_is = Case::file(&template());
+    let defaults = Config::load(&Sources::default()).unwrap();
+    assert_eq!(format!("{:?}", as_is.load()), format!("{defaults:?}"));
+    let uncommented: Vec<&str> = template()
+        .leak()
+        .lines()
+        .map(|line| match line.strip_prefix('#') {
+            Some(setting) if !setting.starts_with(' ') => setting,
+            _ => line,
+        })
+        .collect();
+    let case = Case::file(&uncommented.join("\n"));
+    let settings = Settings::read(&case.sources).unwrap_or_else(|error| panic!("{error}"));
+    for key in keys() {
+        let path = key.path_in("registry.example.com");
+        assert!(
+            settings.get(&path).is_some_and(|it| it.origin.is_set()),
+            "{path}"
+        );
+    }
+}
+
+#[test]
+fn examples_and_defaults_suit_their_keys() {
+    for key in all_keys() {
+        let text = match key.path {
+            ["upstreams", "*", rest @ ..] => {
+                format!("[upstreams.x]\n{} = {}", rest.join("."), key.example)
+            }
+            path => format!("{} = {}", path.join("."), key.example),
+        };
+        if !NOT_YET.contains(&key.path) {
+            let case = Case::file(&text);
+            Settings::read(&case.sources).unwrap_or_else(|error| panic!("{error}"));
+        }
+        assert!(key.doc.ends_with('.'), "{}", key.doc);
+    }
+}
+
+#[test]
+fn the_schema_is_json_and_knows_every_key() {
+    let schema: serde_json::Value = serde_json::from_str(&schema()).unwrap();
+    for key in keys() {
+        let mut at = &schema;
+        for step in key.path {
+            at = match *step {
+                "*" => &at["additionalProperties"],
+                step => &at["properties"][step],
+            };
+        }
+        let doc = at["description"].as_str().unwrap();
+        assert!(doc.starts_with(key.doc), "{:?}", key.path);
+    }
+    assert_eq!(schema["additionalProperties"], false);
+    assert_eq!(schema["properties"]["listen"]["default"], "[::]:8080");
+    let library =
+        &schema["properties"]["upstreams"]["additionalProperties"]["properties"]["library"];
+    assert_eq!(library["default"], false);
+}
+
+#[test]
+fn the_reference_tells_every_key_and_its_variable() {
+    let page = reference();
+    for key in keys() {
+        assert!(page.contains(&format!("\n### `{}`\n", key.name().join("."))));
+    }
+    for variable in [
+        "OCI_REMOTE_CACHE_CACHE__MAX_SIZE",
+        "OCI_REMOTE_CACHE_UPSTREAMS__<KEY>__CREDENTIALS__PASSWORD",
+    ] {
+        assert!(
+            page.contains(&format!("- Variable: `{variable}`\n")),
+            "{page}"
+        );
+    }
+}
+
+#[test]
+fn what_is_noteworthy_is_noted() {
+    let case = Case::file(
+        "cache.max_size = 10\ncache.max_blob = 20\n[upstreams.corp]\nurl = \"http://corp.example\"\n\
+         credentials = { username = \"u\", password = \"hunter2\" }\n",
+    );
+    fs::set_permissions(case.path("c.toml"), fs::Permissions::from_mode(0o644)).unwrap();
+    let notes = case.notes().join("\n");
+    for note in [
+        "cache.max_blob: is larger",
+        "upstreams.corp: sends its credentials in the clear",
+        "upstreams.corp: repositories of docker.io whose names begin with corp/",
+        "upstreams.corp.credentials.password: is written in",
+    ] {
+        assert!(notes.contains(note), "{note}\n{notes}");
+    }
+    assert!(!notes.contains("hunter2"));
+    fs::set_permissions(case.path("c.toml"), fs::Permissions::from_mode(0o600)).unwrap();
+    assert_eq!(case.notes().len(), 3);
+    assert!(Case::file("").notes().is_empty());
+}

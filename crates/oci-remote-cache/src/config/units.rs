@@ -261,7 +261,7 @@ mod tests {
             assert_eq!(parse_duration(&duration_text(span)), Ok(span));
         }
         assert_eq!(size_text(50 << 30), "50GiB");
-        assert_eq!(duration_text(Duration::from_secs(5400)), "1h30m");
+        assert_eq!(duration_text(Duration::from_mins(90)), "1h30m");
         assert_eq!(duration_text(Duration::from_millis(1500)), "1.5s");
     }
 }

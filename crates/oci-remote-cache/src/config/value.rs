@@ -216,8 +216,9 @@ fn read_address(text: &str) -> Result<SocketAddr, String> {
 }
 
 fn read_path(text: &str) -> Result<PathBuf, String> {
-    if text.is_empty() || text.contains('\0') {
-        return Err("must be a path, found an empty or unusable one".to_owned());
+    // The replacement character stands where an argument or a variable was not UTF-8: that path is another one.
+    if text.is_empty() || text.contains(['\0', '\u{fffd}']) {
+        return Err("must be a path in UTF-8, not empty".to_owned());
     }
     Ok(PathBuf::from(text))
 }

@@ -64,8 +64,20 @@ impl Alone {
     }
 
     /// The fill broke at some point; what is in the spool can still be read.
-    pub(super) fn midway(size: Option<u64>, validator: Option<String>, spool: Arc<Spool>, hash: PrefixHash) -> Self {
-        Self { why: Why::Disk, size, validator, spool: Some(spool), hash: Some(hash), opened: Mutex::default() }
+    pub(super) fn midway(
+        size: Option<u64>,
+        validator: Option<String>,
+        spool: Arc<Spool>,
+        hash: PrefixHash,
+    ) -> Self {
+        Self {
+            why: Why::Disk,
+            size,
+            validator,
+            spool: Some(spool),
+            hash: Some(hash),
+            opened: Mutex::default(),
+        }
     }
 
     /// Why nothing is kept.
@@ -93,14 +105,32 @@ impl Alone {
         };
         let wanted = fill.key.digest;
         let upstream = fill.key.upstream.clone();
-        let check = check.map(|state| Check { hasher: state.hasher, wanted, upstream });
-        Ok(DirectReader { stream, _place: place, check, from, held: VecDeque::new(), held_bytes: 0, ended: false })
+        let check = check.map(|state| Check {
+            hasher: state.hasher,
+            wanted,
+            upstream,
+        });
+        Ok(DirectReader {
+            stream,
+            _place: place,
+            check,
+            from,
+            held: VecDeque::new(),
+            held_bytes: 0,
+            ended: false,
+        })
     }
 
     fn opened_at(&self, start: u64) -> Option<(BlobStream, Option<OwnedSemaphorePermit>)> {
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = opened.as_ref().is_some_and(|(stream, _)| stream.position() == start);
-        if fits { opened.take().map(|(stream, place)| (stream, Some(place))) } else { None }
+        let fits = opened
+            .as_ref()
+            .is_some_and(|(stream, _)| stream.position() == start);
+        if fits {
+            opened.take().map(|(stream, place)| (stream, Some(place)))
+        } else {
+            None
+        }
     }
 
     async fn open(
@@ -113,7 +143,9 @@ impl Alone {
         let place = fills.place(&fill.key.upstream).await;
         let stream = match (self.size, end) {
             (Some(size), Some(end)) if start > 0 || end < size => {
-                fill.ask.clone().later(Slice { start, end }, size, self.validator.clone())
+                fill.ask
+                    .clone()
+                    .later(Slice { start, end }, size, self.validator.clone())
             }
             _ => fill.ask.clone().open(None, Deadline::for_answer()).await?,
         };
@@ -122,17 +154,39 @@ impl Alone {
 
     /// The hash state from which a reader at `from` can go on: the last one kept, carried forward over what the spool holds.
     async fn state(&self, fills: &Fills, fill: &Fill, from: u64) -> Checkpoint {
-        let zero = Checkpoint { position: 0, hasher: Hasher::new(fill.key.digest.algorithm()) };
-        let kept = self.hash.as_ref().and_then(|hash| hash.checkpoint(from)).unwrap_or(zero);
-        let Some(spool) = self.spool.clone() else { return kept };
+        let zero = Checkpoint {
+            position: 0,
+            hasher: Hasher::new(fill.key.digest.algorithm()),
+        };
+        let kept = self
+            .hash
+            .as_ref()
+            .and_then(|hash| hash.checkpoint(from))
+            .unwrap_or(zero);
+        let Some(spool) = self.spool.clone() else {
+            return kept;
+        };
         let until = spool.reach(kept.position).min(from);
         let before = kept.clone();
         let forward = fills.tasks.spawn_blocking(move || {
-            let span = spool.span(Slice { start: kept.position, end: until });
-            hash_file(&span.file, Slice { start: kept.position, end: until }, kept.hasher)
+            let span = spool.span(Slice {
+                start: kept.position,
+                end: until,
+            });
+            hash_file(
+                &span.file,
+                Slice {
+                    start: kept.position,
+                    end: until,
+                },
+                kept.hasher,
+            )
         });
         match forward.await {
-            Ok(Ok(hasher)) => Checkpoint { position: until, hasher },
+            Ok(Ok(hasher)) => Checkpoint {
+                position: until,
+                hasher,
+            },
             // The spool cannot be read any more: its bytes come from the upstream again, only to be hashed.
             Ok(Err(_)) | Err(_) => before,
         }
@@ -143,7 +197,15 @@ impl DirectReader {
     /// A reader of a whole blob that is passed through without being looked at: its digest's algorithm is not ours to verify.
     pub fn unchecked(stream: BlobStream) -> Self {
         let from = stream.position();
-        Self { stream, _place: None, check: None, from, held: VecDeque::new(), held_bytes: 0, ended: false }
+        Self {
+            stream,
+            _place: None,
+            check: None,
+            from,
+            held: VecDeque::new(),
+            held_bytes: 0,
+            ended: false,
+        }
     }
 
     /// The next bytes; `None` when all have been given.
@@ -179,11 +241,17 @@ impl DirectReader {
     fn releasable(&mut self) -> Option<Bytes> {
         let free = self.ended || self.check.is_none();
         let oldest = self.held.front_mut()?;
-        let spare = if free { u64::MAX } else { self.held_bytes.saturating_sub(HELD) };
+        let spare = if free {
+            u64::MAX
+        } else {
+            self.held_bytes.saturating_sub(HELD)
+        };
         if spare == 0 {
             return None;
         }
-        let taken = usize::try_from(spare).unwrap_or(usize::MAX).min(oldest.len());
+        let taken = usize::try_from(spare)
+            .unwrap_or(usize::MAX)
+            .min(oldest.len());
         let bytes = oldest.split_to(taken);
         if oldest.is_empty() {
             self.held.pop_front();
@@ -194,13 +262,22 @@ impl DirectReader {
 
     fn end(&mut self) -> Result<(), FillError> {
         self.ended = true;
-        let Some(check) = self.check.take() else { return Ok(()) };
+        let Some(check) = self.check.take() else {
+            return Ok(());
+        };
         let found = check.hasher.finish();
         if found == check.wanted {
             return Ok(());
         }
         self.held.clear();
-        let mismatch = Mismatch { wanted: check.wanted, found, size: self.stream.position() };
-        Err(FillError::Mismatch { upstream: check.upstream, mismatch })
+        let mismatch = Box::new(Mismatch {
+            wanted: check.wanted,
+            found,
+            size: self.stream.position(),
+        });
+        Err(FillError::Mismatch {
+            upstream: check.upstream,
+            mismatch,
+        })
     }
 }

@@ -18,11 +18,11 @@ pub enum FillError {
         /// Who sent them.
         upstream: UpstreamId,
         /// What was wrong.
-        mismatch: Mismatch,
+        mismatch: Box<Mismatch>,
     },
     /// Pieces kept from an earlier transfer turned out wrong; they are gone, and the next request starts from zero.
     #[error("pieces kept from an earlier transfer were wrong: {0}")]
-    Pieces(Mismatch),
+    Pieces(Box<Mismatch>),
     /// Nobody had read the fill for a while, so it was set aside.
     #[error("the transfer was set aside")]
     Parked,

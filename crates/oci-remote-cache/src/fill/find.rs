@@ -20,6 +20,9 @@ use crate::upstream::resume::BlobAsk;
 /// How long requests of the same repository share a failure, so that a storm on a bad blob is no storm on the upstream.
 const SHARED_FAILURE: Duration = Duration::from_millis(500);
 
+/// How often a stored blob is tried to be opened before its upstream is asked.
+const OPENINGS: usize = 2;
+
 /// How a request stands to the blob.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
@@ -64,28 +67,41 @@ pub enum Found {
 #[derive(Debug)]
 pub(super) enum Slot {
     Running(Arc<Fill>),
-    Failed { source: Source, error: FillError, until: Instant },
+    Failed {
+        source: Source,
+        error: FillError,
+        until: Instant,
+    },
+}
+
+/// Whether the store's index counts: not when what it names cannot be opened.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Index {
+    Asked,
+    PassedOver,
 }
 
 enum Look {
     Stored,
-    Is(Found),
+    Is(Box<Found>),
 }
 
 impl Fills {
     /// Finds the blob or starts fetching it.
     pub async fn find(&self, wanted: &Wanted) -> Found {
-        loop {
-            match self.look(wanted) {
-                Look::Is(found) => return found,
-                Look::Stored => {
-                    if let Some(blob) = self.store.blob(&wanted.digest).await {
-                        return Found::Stored(blob);
-                    }
-                    // It was damaged or evicted between the look and the opening; the store has forgotten it, so the next look leads.
-                    tokio::task::yield_now().await;
-                }
+        for _ in 0..OPENINGS {
+            if let Look::Is(found) = self.look(wanted, Index::Asked) {
+                return *found;
             }
+            if let Some(blob) = self.store.blob(&wanted.digest).await {
+                return Found::Stored(blob);
+            }
+            // It was damaged or evicted between the look and the opening; the store has forgotten it, so the next look leads.
+        }
+        // The index has it, but it cannot be opened (out of descriptors, say): the upstream still has it too.
+        match self.look(wanted, Index::PassedOver) {
+            Look::Is(found) => *found,
+            Look::Stored => Found::ProveFirst,
         }
     }
 
@@ -93,36 +109,58 @@ impl Fills {
     pub fn running(&self, key: &Key, source: &Source, standing: Standing) -> Option<Progress> {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         match running.get(key) {
-            Some(Slot::Running(fill)) if standing == Standing::Proven || fill.source == *source => Some(fill.progress()),
+            Some(Slot::Running(fill)) if standing == Standing::Proven || fill.source == *source => {
+                Some(fill.progress())
+            }
             _ => None,
         }
     }
 
-    fn look(&self, wanted: &Wanted) -> Look {
-        let key = Key { upstream: wanted.source.upstream.clone(), digest: wanted.digest };
+    fn look(&self, wanted: &Wanted, index: Index) -> Look {
+        let key = Key {
+            upstream: wanted.source.upstream.clone(),
+            digest: wanted.digest,
+        };
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        if wanted.standing == Standing::Proven && self.store.contains(&wanted.digest) {
+        let asked = index == Index::Asked && wanted.standing == Standing::Proven;
+        if asked && self.store.contains(&wanted.digest) {
             return Look::Stored;
         }
         match running.get(&key) {
-            Some(Slot::Running(fill)) if wanted.standing == Standing::Proven || fill.source == wanted.source => {
-                return Look::Is(Found::Filling(Joined::new(self, fill, wanted.wish)));
+            Some(Slot::Running(fill))
+                if wanted.standing == Standing::Proven || fill.source == wanted.source =>
+            {
+                return Look::Is(Box::new(Found::Filling(Joined::new(
+                    self,
+                    fill,
+                    wanted.wish,
+                ))));
             }
-            Some(Slot::Running(_)) => return Look::Is(Found::ProveFirst),
-            Some(Slot::Failed { source, error, until }) if *source == wanted.source && Instant::now() < *until => {
-                return Look::Is(Found::Failed(error.clone()));
+            Some(Slot::Running(_)) => return Look::Is(Box::new(Found::ProveFirst)),
+            Some(Slot::Failed {
+                source,
+                error,
+                until,
+            }) if *source == wanted.source && Instant::now() < *until => {
+                return Look::Is(Box::new(Found::Failed(error.clone())));
             }
             Some(Slot::Failed { .. }) | None => {}
         }
-        let fill = Arc::new(self.begin(&key, wanted));
+        let fill = Arc::new(Self::begin(&key, wanted));
         running.insert(key, Slot::Running(Arc::clone(&fill)));
         let joined = Joined::new(self, &fill, wanted.wish);
-        self.tasks.spawn(task::run(fill, self.clone(), wanted.size_hint));
-        Look::Is(Found::Lead(joined))
+        self.tasks
+            .spawn(task::run(fill, self.clone(), wanted.size_hint));
+        Look::Is(Box::new(Found::Lead(joined)))
     }
 
-    fn begin(&self, key: &Key, wanted: &Wanted) -> Fill {
-        let (progress, _) = watch::channel(Progress { phase: Phase::Opening, size: None, spool: None, credential: None });
+    fn begin(key: &Key, wanted: &Wanted) -> Fill {
+        let (progress, _) = watch::channel(Progress {
+            phase: Phase::Opening,
+            size: None,
+            spool: None,
+            credential: None,
+        });
         Fill {
             key: key.clone(),
             source: wanted.source.clone(),
@@ -139,15 +177,24 @@ impl Fills {
 
     /// Takes a fill that has ended off the table.
     pub(super) fn leave(&self, fill: &Fill) {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner).remove(&fill.key);
+        self.running
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&fill.key);
     }
 
     /// Takes a failed fill off the table, leaving its error for those who ask within [`SHARED_FAILURE`].
     pub(super) fn leave_failed(&self, fill: &Fill, error: FillError) {
         let until = Instant::now() + SHARED_FAILURE;
-        let slot = Slot::Failed { source: fill.source.clone(), error, until };
+        let slot = Slot::Failed {
+            source: fill.source.clone(),
+            error,
+            until,
+        };
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        running.retain(|_, slot| !matches!(slot, Slot::Failed { until, .. } if *until <= Instant::now()));
+        running.retain(
+            |_, slot| !matches!(slot, Slot::Failed { until, .. } if *until <= Instant::now()),
+        );
         running.insert(fill.key.clone(), slot);
     }
 }

@@ -45,7 +45,10 @@ pub struct Connections {
 
 impl Default for Connections {
     fn default() -> Self {
-        Self { per_blob: 8, per_upstream: 64 }
+        Self {
+            per_blob: 8,
+            per_upstream: 64,
+        }
     }
 }
 
@@ -152,13 +155,25 @@ struct Aim {
 impl Fills {
     /// No fills yet.
     pub fn new(store: Store, metrics: Metrics, tasks: Tasks, limits: Connections) -> Self {
-        Self { running: Arc::default(), connections: Arc::default(), limits, store, metrics, tasks }
+        Self {
+            running: Arc::default(),
+            connections: Arc::default(),
+            limits,
+            store,
+            metrics,
+            tasks,
+        }
     }
 
     /// The places for connections to an upstream.
     fn places(&self, upstream: &UpstreamId) -> Arc<Semaphore> {
-        let mut all = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        let places = all.entry(upstream.clone()).or_insert_with(|| Arc::new(Semaphore::new(self.limits.per_upstream)));
+        let mut all = self
+            .connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let places = all
+            .entry(upstream.clone())
+            .or_insert_with(|| Arc::new(Semaphore::new(self.limits.per_upstream)));
         Arc::clone(places)
     }
 
@@ -197,22 +212,40 @@ impl Fill {
         readers.second_client |= *readers.first_client.get_or_insert(wish.client) != wish.client;
         drop(readers);
         self.wake.notify_one();
-        Seat { fill: Arc::clone(self), aim }
+        Seat {
+            fill: Arc::clone(self),
+            aim,
+        }
     }
 
     /// What readers wait for and whether all is wanted.
     fn demand(&self, size: u64, spool: &Spool) -> (Vec<Want>, Appetite) {
         let readers = self.readers();
-        let wants = readers.seats.iter().filter_map(|aim| aim.want(size, spool)).collect();
+        let wants = readers
+            .seats
+            .iter()
+            .filter_map(|aim| aim.want(size, spool))
+            .collect();
         let enough = readers.asked.total() >= size / 4;
         let whole = size <= plan::SMALL || readers.whole || readers.second_client || enough;
-        (wants, if whole { Appetite::Whole } else { Appetite::Asked })
+        (
+            wants,
+            if whole {
+                Appetite::Whole
+            } else {
+                Appetite::Asked
+            },
+        )
     }
 
     /// The closed range to begin with, when nobody wants the whole.
     fn first_part(&self) -> Option<oci::RangeSpec> {
         let readers = self.readers();
-        if readers.whole { None } else { readers.first_part }
+        if readers.whole {
+            None
+        } else {
+            readers.first_part
+        }
     }
 
     /// Since when nobody has been reading.
@@ -240,14 +273,13 @@ impl Fill {
 
 impl Seat {
     /// Says which bytes this reader wants, once it knows.
-    fn aim(&self, slice: Slice, whole: bool) {
+    fn aim(&self, slice: Slice, appetite: Appetite) {
         self.aim.position.store(slice.start, Ordering::Relaxed);
         self.aim.end.store(slice.end, Ordering::Relaxed);
         let mut readers = self.fill.readers();
-        if whole {
-            readers.whole = true;
-        } else {
-            readers.asked.insert(slice);
+        match appetite {
+            Appetite::Whole => readers.whole = true,
+            Appetite::Asked => readers.asked.insert(slice),
         }
         drop(readers);
         self.fill.wake.notify_one();

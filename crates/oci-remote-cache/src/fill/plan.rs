@@ -81,7 +81,9 @@ pub enum Step {
 
 /// The next thing to do; `None` when there is nothing to do until something changes.
 pub fn next(view: &View<'_>) -> Option<Step> {
-    urgent(view).or_else(|| in_order(view)).or_else(|| straggler(view))
+    urgent(view)
+        .or_else(|| in_order(view))
+        .or_else(|| straggler(view))
 }
 
 /// A reader waits for bytes that nobody will bring soon.
@@ -90,19 +92,34 @@ fn urgent(view: &View<'_>) -> Option<Step> {
         return None;
     }
     view.wants.iter().find_map(|want| {
-        let gap = *view.gaps.iter().find(|gap| gap.start <= want.position && want.position < gap.end)?;
+        let gap = *view
+            .gaps
+            .iter()
+            .find(|gap| gap.start <= want.position && want.position < gap.end)?;
         let until = gap.end.min(want.end).max(want.position + 1);
-        let slice = Slice { start: want.position, end: until };
+        let slice = Slice {
+            start: want.position,
+            end: until,
+        };
         match covering(view, want.position) {
-            Some((from, active)) => is_far(active, want.position).then_some(Step::TakeOver { from, slice }),
+            Some((from, active)) => {
+                is_far(active, want.position).then_some(Step::TakeOver { from, slice })
+            }
             None if behind_front(view, want.position) => None,
-            None => Some(Step::Fetch(Slice { end: until.min(next_start(view, want.position)), ..slice })),
+            None => Some(Step::Fetch(Slice {
+                end: until.min(next_start(view, want.position)),
+                ..slice
+            })),
         }
     })
 }
 
 fn covering(view: &View<'_>, at: u64) -> Option<(usize, Active)> {
-    view.active.iter().copied().enumerate().find(|(_, active)| active.position <= at && at < active.end)
+    view.active
+        .iter()
+        .copied()
+        .enumerate()
+        .find(|(_, active)| active.position <= at && at < active.end)
 }
 
 /// More than [`FAR`] away, and more than a second at the present rate.
@@ -114,12 +131,19 @@ fn is_far(active: Active, at: u64) -> bool {
 /// Whether work in order comes to `at` before a reader would notice: some connection ends just before it.
 fn behind_front(view: &View<'_>, at: u64) -> bool {
     view.appetite == Appetite::Whole
-        && view.active.iter().any(|active| active.position <= at && !is_far(*active, at) && at - active.position <= FAR)
+        && view.active.iter().any(|active| {
+            active.position <= at && !is_far(*active, at) && at - active.position <= FAR
+        })
 }
 
 /// Where the next range being fetched after `at` starts.
 fn next_start(view: &View<'_>, at: u64) -> u64 {
-    view.active.iter().map(|active| active.position).filter(|&start| start > at).min().unwrap_or(view.size)
+    view.active
+        .iter()
+        .map(|active| active.position)
+        .filter(|&start| start > at)
+        .min()
+        .unwrap_or(view.size)
 }
 
 /// The first wanted bytes that neither arrived nor are being fetched.
@@ -130,51 +154,103 @@ fn in_order(view: &View<'_>) -> Option<Step> {
     let free = unassigned(view);
     let first = free.first()?;
     let shared = view.share > 1 && view.size > SMALL;
-    let end = if shared { first.end.min(first.start + SEGMENT) } else { first.end };
-    Some(Step::Fetch(Slice { start: first.start, end }))
+    let end = if shared {
+        first.end.min(first.start + SEGMENT)
+    } else {
+        first.end
+    };
+    Some(Step::Fetch(Slice {
+        start: first.start,
+        end,
+    }))
 }
 
 fn unassigned(view: &View<'_>) -> Vec<Slice> {
     let wanted: Vec<Slice> = match view.appetite {
         Appetite::Whole => view.gaps.to_vec(),
-        Appetite::Asked => view.gaps.iter().flat_map(|gap| asked_within(view.wants, *gap)).collect(),
+        Appetite::Asked => view
+            .gaps
+            .iter()
+            .flat_map(|gap| asked_within(view.wants, *gap))
+            .collect(),
     };
     let mut free = wanted;
     for active in view.active {
-        let taken = Slice { start: active.position, end: active.end };
-        free = free.into_iter().flat_map(|slice| without(slice, taken)).collect();
+        let taken = Slice {
+            start: active.position,
+            end: active.end,
+        };
+        free = free
+            .into_iter()
+            .flat_map(|slice| without(slice, taken))
+            .collect();
     }
     free.sort_by_key(|slice| slice.start);
     free
 }
 
 fn asked_within(wants: &[Want], gap: Slice) -> Vec<Slice> {
-    let clip = |want: &Want| Slice { start: want.position.max(gap.start), end: want.end.min(gap.end) };
-    wants.iter().map(clip).filter(|slice| slice.start < slice.end).collect()
+    let clip = |want: &Want| Slice {
+        start: want.position.max(gap.start),
+        end: want.end.min(gap.end),
+    };
+    wants
+        .iter()
+        .map(clip)
+        .filter(|slice| slice.start < slice.end)
+        .collect()
 }
 
 fn without(slice: Slice, taken: Slice) -> impl Iterator<Item = Slice> {
-    let before = Slice { start: slice.start, end: slice.end.min(taken.start) };
-    let after = Slice { start: slice.start.max(taken.end), end: slice.end };
-    [before, after].into_iter().filter(|part| part.start < part.end)
+    let before = Slice {
+        start: slice.start,
+        end: slice.end.min(taken.start),
+    };
+    let after = Slice {
+        start: slice.start.max(taken.end),
+        end: slice.end,
+    };
+    [before, after]
+        .into_iter()
+        .filter(|part| part.start < part.end)
 }
 
 /// Nothing is left to hand out, but a connection is free: it takes the second half of the longest rest.
 fn straggler(view: &View<'_>) -> Option<Step> {
     let busy = view.active.len();
-    if view.size <= SMALL || busy == 0 || busy >= view.share.min(view.most) || view.appetite == Appetite::Asked {
+    if view.size <= SMALL
+        || busy == 0
+        || busy >= view.share.min(view.most)
+        || view.appetite == Appetite::Asked
+    {
         return None;
     }
-    let (from, active) = view.active.iter().copied().enumerate().max_by_key(|(_, active)| active.end - active.position)?;
+    let (from, active) = view
+        .active
+        .iter()
+        .copied()
+        .enumerate()
+        .max_by_key(|(_, active)| active.end - active.position)?;
     let rest = active.end - active.position;
     // A rest that its own connection brings within a second is not worth another request.
     if rest < 2 * SPLIT || rest <= active.rate {
         return None;
     }
-    let share = if from_front(view, active) { SEGMENT.min(rest / 2) } else { rest / 2 };
+    let share = if from_front(view, active) {
+        SEGMENT.min(rest / 2)
+    } else {
+        rest / 2
+    };
     let start = active.position + share;
-    let end = if view.share > 1 { active.end.min(start + SEGMENT) } else { active.end };
-    Some(Step::TakeOver { from, slice: Slice { start, end } })
+    let end = if view.share > 1 {
+        active.end.min(start + SEGMENT)
+    } else {
+        active.end
+    };
+    Some(Step::TakeOver {
+        from,
+        slice: Slice { start, end },
+    })
 }
 
 /// Whether this connection still has nearly the whole blob before it: the first plain GET, of which others take segments in order.
@@ -195,29 +271,56 @@ mod tests {
     }
 
     fn view<'a>(size: u64, gaps: &'a [Slice], active: &'a [Active], wants: &'a [Want]) -> View<'a> {
-        View { size, gaps, active, wants, appetite: Appetite::Whole, share: 1, most: 8 }
+        View {
+            size,
+            gaps,
+            active,
+            wants,
+            appetite: Appetite::Whole,
+            share: 1,
+            most: 8,
+        }
     }
 
     #[test]
     fn small_blobs_are_one_fetch() {
         let gaps = [slice(0, 8 * MIB)];
-        let wants = [Want { position: 7 * MIB, end: 8 * MIB }];
-        assert_eq!(next(&view(8 * MIB, &gaps, &[], &wants)), Some(Step::Fetch(gaps[0])));
-        let active = [Active { position: 0, end: 8 * MIB, rate: 0 }];
+        let wants = [Want {
+            position: 7 * MIB,
+            end: 8 * MIB,
+        }];
+        assert_eq!(
+            next(&view(8 * MIB, &gaps, &[], &wants)),
+            Some(Step::Fetch(gaps[0]))
+        );
+        let active = [Active {
+            position: 0,
+            end: 8 * MIB,
+            rate: 0,
+        }];
         assert_eq!(next(&view(8 * MIB, &gaps, &active, &wants)), None);
     }
 
     #[test]
     fn resume_fetches_the_first_gap() {
         let gaps = [slice(3 * MIB, 8 * MIB)];
-        assert_eq!(next(&view(8 * MIB, &gaps, &[], &[])), Some(Step::Fetch(gaps[0])));
+        assert_eq!(
+            next(&view(8 * MIB, &gaps, &[], &[])),
+            Some(Step::Fetch(gaps[0]))
+        );
     }
 
     #[test]
     fn a_lazy_client_gets_what_it_asks_and_no_more() {
         let gaps = [slice(0, 100 * MIB)];
-        let wants = [Want { position: 50 * MIB, end: 51 * MIB }];
-        let lazy = View { appetite: Appetite::Asked, ..view(100 * MIB, &gaps, &[], &wants) };
+        let wants = [Want {
+            position: 50 * MIB,
+            end: 51 * MIB,
+        }];
+        let lazy = View {
+            appetite: Appetite::Asked,
+            ..view(100 * MIB, &gaps, &[], &wants)
+        };
         assert_eq!(next(&lazy), Some(Step::Fetch(slice(50 * MIB, 51 * MIB))));
         assert_eq!(next(&View { wants: &[], ..lazy }), None);
     }
@@ -226,18 +329,38 @@ mod tests {
     fn a_range_far_ahead_is_fetched_next() {
         let size = 48 * MIB;
         let gaps = [slice(4 * MIB, size)];
-        let active = [Active { position: 4 * MIB, end: size, rate: 0 }];
-        let wants = [Want { position: size - 1024, end: size }];
+        let active = [Active {
+            position: 4 * MIB,
+            end: size,
+            rate: 0,
+        }];
+        let wants = [Want {
+            position: size - 1024,
+            end: size,
+        }];
         let step = next(&view(size, &gaps, &active, &wants));
-        assert_eq!(step, Some(Step::TakeOver { from: 0, slice: slice(size - 1024, size) }));
+        assert_eq!(
+            step,
+            Some(Step::TakeOver {
+                from: 0,
+                slice: slice(size - 1024, size)
+            })
+        );
     }
 
     #[test]
     fn a_range_that_comes_within_a_second_is_waited_for() {
         let size = 100 * MIB;
         let gaps = [slice(0, size)];
-        let active = [Active { position: 0, end: size, rate: 200 * MIB }];
-        let wants = [Want { position: 50 * MIB, end: 51 * MIB }];
+        let active = [Active {
+            position: 0,
+            end: size,
+            rate: 200 * MIB,
+        }];
+        let wants = [Want {
+            position: 50 * MIB,
+            end: 51 * MIB,
+        }];
         assert_eq!(next(&view(size, &gaps, &active, &wants)), None);
     }
 
@@ -245,19 +368,45 @@ mod tests {
     fn more_connections_take_segments_after_the_front() {
         let size = 100 * MIB;
         let gaps = [slice(0, size)];
-        let active = [Active { position: 0, end: size, rate: MIB }];
-        let two = View { share: 2, ..view(size, &gaps, &active, &[]) };
+        let active = [Active {
+            position: 0,
+            end: size,
+            rate: MIB,
+        }];
+        let two = View {
+            share: 2,
+            ..view(size, &gaps, &active, &[])
+        };
         let taken = slice(SEGMENT, 2 * SEGMENT);
-        assert_eq!(next(&two), Some(Step::TakeOver { from: 0, slice: taken }));
+        assert_eq!(
+            next(&two),
+            Some(Step::TakeOver {
+                from: 0,
+                slice: taken
+            })
+        );
     }
 
     #[test]
     fn a_straggler_is_halved() {
         let size = 100 * MIB;
         let gaps = [slice(60 * MIB, 76 * MIB)];
-        let active = [Active { position: 60 * MIB, end: 76 * MIB, rate: MIB }];
-        let two = View { share: 2, ..view(size, &gaps, &active, &[]) };
-        assert_eq!(next(&two), Some(Step::TakeOver { from: 0, slice: slice(68 * MIB, 76 * MIB) }));
+        let active = [Active {
+            position: 60 * MIB,
+            end: 76 * MIB,
+            rate: MIB,
+        }];
+        let two = View {
+            share: 2,
+            ..view(size, &gaps, &active, &[])
+        };
+        assert_eq!(
+            next(&two),
+            Some(Step::TakeOver {
+                from: 0,
+                slice: slice(68 * MIB, 76 * MIB)
+            })
+        );
     }
 
     proptest! {

@@ -10,6 +10,7 @@ use oci::Slice;
 use tokio::sync::watch;
 
 use super::direct::DirectReader;
+use super::plan::Appetite;
 use super::{Fill, FillError, Fills, Phase, Progress, Seat, Wish};
 use crate::deadline::Deadline;
 use crate::store::span::Span;
@@ -76,7 +77,11 @@ enum Next {
 
 impl Joined {
     pub(super) fn new(fills: &Fills, fill: &Arc<Fill>, wish: Wish) -> Self {
-        Self { seat: fill.join(wish), fills: fills.clone(), progress: fill.progress.subscribe() }
+        Self {
+            seat: fill.join(wish),
+            fills: fills.clone(),
+            progress: fill.progress.subscribe(),
+        }
     }
 
     /// Waits for the upstream's answer, at most until `deadline` (then `None`). The outer error is the fill's.
@@ -92,7 +97,11 @@ impl Joined {
             Phase::Alone(alone) => Some(alone.why()),
             Phase::Opening | Phase::Filling | Phase::Verified => None,
         };
-        Ok(Some(Open { joined: self, size: answer.size, bypass }))
+        Ok(Some(Open {
+            joined: self,
+            size: answer.size,
+            bypass,
+        }))
     }
 }
 
@@ -116,15 +125,33 @@ impl Open {
     pub fn read(self, slice: Option<Slice>, release: Release) -> Tail {
         let end = slice.map(|slice| slice.end).or(self.size);
         let position = slice.map_or(0, |slice| slice.start);
-        let aimed = Slice { start: position, end: end.unwrap_or(u64::MAX) };
-        self.joined.seat.aim(aimed, release == Release::Verified);
-        Tail { joined: self.joined, position, end, release, direct: None }
+        let aimed = Slice {
+            start: position,
+            end: end.unwrap_or(u64::MAX),
+        };
+        let appetite = match release {
+            Release::Verified => Appetite::Whole,
+            Release::Arrived => Appetite::Asked,
+        };
+        self.joined.seat.aim(aimed, appetite);
+        Tail {
+            joined: self.joined,
+            position,
+            end,
+            release,
+            direct: None,
+        }
     }
 
     /// Reads several slices one after the other, in the order given.
+    #[must_use]
     pub fn again(&self, wish: Wish) -> Self {
         let joined = Joined::new(&self.joined.fills, &self.joined.seat.fill, wish);
-        Self { joined, size: self.size, bypass: self.bypass }
+        Self {
+            joined,
+            size: self.size,
+            bypass: self.bypass,
+        }
     }
 }
 
@@ -142,7 +169,11 @@ impl Tail {
                 Next::Span(slice) => return Ok(self.take(&progress, slice)),
                 Next::GoAlone(alone) => self.direct = Some(self.go_alone(&alone).await?),
                 Next::Wait => {
-                    self.joined.progress.changed().await.map_err(|_gone| FillError::Stopping)?;
+                    self.joined
+                        .progress
+                        .changed()
+                        .await
+                        .map_err(|_gone| FillError::Stopping)?;
                 }
             }
         }
@@ -151,8 +182,15 @@ impl Tail {
     /// Waits until the next call of [`Tail::next`] would not wait: for answers of length zero, whose verdict must come before their
     /// headers.
     pub async fn settled(&mut self) -> Result<(), FillError> {
-        let decided = |progress: &Progress| !matches!(progress.phase, Phase::Opening | Phase::Filling);
-        let progress = self.joined.progress.wait_for(decided).await.map_err(|_gone| FillError::Stopping)?.clone();
+        let decided =
+            |progress: &Progress| !matches!(progress.phase, Phase::Opening | Phase::Filling);
+        let progress = self
+            .joined
+            .progress
+            .wait_for(decided)
+            .await
+            .map_err(|_gone| FillError::Stopping)?
+            .clone();
         match progress.phase {
             Phase::Failed(error) => Err(error),
             Phase::Opening | Phase::Filling | Phase::Verified | Phase::Alone(_) => Ok(()),
@@ -160,20 +198,31 @@ impl Tail {
     }
 
     fn look(&self, progress: &Progress) -> Next {
-        let end = self.end.or(progress.size.filter(|_| matches!(progress.phase, Phase::Verified)));
+        let end = self.end.or_else(|| {
+            progress
+                .size
+                .filter(|_| matches!(progress.phase, Phase::Verified))
+        });
         match &progress.phase {
             Phase::Failed(error) => return Next::Fail(error.clone()),
             Phase::Alone(alone) if self.unfinished(end) => return Next::GoAlone(Arc::clone(alone)),
             Phase::Opening => return Next::Wait,
             Phase::Filling | Phase::Verified | Phase::Alone(_) => {}
         }
-        if !self.unfinished(end) && (self.release == Release::Arrived || matches!(progress.phase, Phase::Verified)) {
+        if !self.unfinished(end)
+            && (self.release == Release::Arrived || matches!(progress.phase, Phase::Verified))
+        {
             return Next::Done;
         }
-        let Some(spool) = &progress.spool else { return Next::Wait };
+        let Some(spool) = &progress.spool else {
+            return Next::Wait;
+        };
         let here = self.released(progress, spool.reach(self.position), end);
         if here > self.position {
-            Next::Span(Slice { start: self.position, end: here.min(self.position + FRAME) })
+            Next::Span(Slice {
+                start: self.position,
+                end: here.min(self.position + FRAME),
+            })
         } else {
             Next::Wait
         }
@@ -204,6 +253,8 @@ impl Tail {
         let fills = &self.joined.fills;
         let fill = &self.joined.seat.fill;
         let rest = (self.position, self.end);
-        Ok(Box::new(alone.reader(fills, fill, rest, self.release).await?))
+        Ok(Box::new(
+            alone.reader(fills, fill, rest, self.release).await?,
+        ))
     }
 }

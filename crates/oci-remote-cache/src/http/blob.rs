@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use futures_util::stream::{self, Stream};
 use hyper::header::{
-    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, IF_NONE_MATCH,
-    IF_RANGE, RANGE,
+    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap,
+    IF_NONE_MATCH, IF_RANGE, RANGE,
 };
 use hyper::{Response, StatusCode};
 use oci::{AnyDigest, ContentRange, RangeHeader, RangeSpec, Resolved, Slice};
@@ -16,7 +16,9 @@ use super::dispatch::{Answer, Request, set};
 use super::manifest::{DOCKER_CONTENT_DIGEST, IMMUTABLE};
 use super::problem::Problem;
 use super::{conditional, failure};
-use crate::cache::blob::{Blob, BlobAnswer, DirectReader, Open, Release, Tail, TailPart, Wish, WishRange};
+use crate::cache::blob::{
+    Blob, BlobAnswer, DirectReader, Open, Release, Tail, TailPart, Wish, WishRange,
+};
 use crate::verdict::{Assurance, Verdict};
 
 /// What stands between the parts of several ranges; no part is text, so it need not be unguessable.
@@ -34,11 +36,20 @@ pub async fn answer(request: &Request<'_>, digest: &AnyDigest) -> Result<Answer,
     }
     let ranges = ranges(request, digest);
     let wish = wish(ranges.as_ref(), request);
-    let found = request.cache.blob(&request.grant, digest, wish, request.deadline).await;
+    let found = request
+        .cache
+        .blob(&request.grant, digest, wish, request.deadline)
+        .await;
     match found.map_err(|error| failure::of_cache(&error))? {
         BlobAnswer::Stored(blob) => stored(&blob, ranges.as_ref()),
-        BlobAnswer::Filling(open, verdict) => filling(digest, open, verdict, (ranges.as_ref(), wish)).await,
-        BlobAnswer::Passing { size, reader, verdict } => {
+        BlobAnswer::Filling(open, verdict) => {
+            filling(digest, *open, verdict, (ranges.as_ref(), wish)).await
+        }
+        BlobAnswer::Passing {
+            size,
+            reader,
+            verdict,
+        } => {
             let mut response = Response::new(passing(size, *reader));
             describe(response.headers_mut(), digest, size);
             Ok(Answer::new(response, verdict))
@@ -47,7 +58,10 @@ pub async fn answer(request: &Request<'_>, digest: &AnyDigest) -> Result<Answer,
 }
 
 async fn head(request: &Request<'_>, digest: &AnyDigest) -> Result<Answer, Problem> {
-    let head = request.cache.blob_head(&request.grant, digest, request.deadline).await;
+    let head = request
+        .cache
+        .blob_head(&request.grant, digest, request.deadline)
+        .await;
     let head = head.map_err(|error| failure::of_cache(&error))?;
     let mut response = Response::new(Body::empty());
     describe(response.headers_mut(), digest, head.size);
@@ -65,18 +79,30 @@ async fn not_modified(request: &Request<'_>, digest: &AnyDigest) -> Result<Answe
 /// The ranges to honour: none when there is no `Range`, when it is not one, or when `If-Range` names something else.
 fn ranges(request: &Request<'_>, digest: &AnyDigest) -> Option<RangeHeader> {
     let etag = format!("\"{digest}\"");
-    let applies = request.values(&IF_RANGE).next().is_none_or(|value| conditional::if_range(value, &etag));
-    request.values(&RANGE).next().filter(|_| applies).and_then(RangeHeader::parse)
+    let applies = request
+        .values(&IF_RANGE)
+        .next()
+        .is_none_or(|value| conditional::if_range(value, &etag));
+    request
+        .values(&RANGE)
+        .next()
+        .filter(|_| applies)
+        .and_then(RangeHeader::parse)
 }
 
 fn wish(ranges: Option<&RangeHeader>, request: &Request<'_>) -> Wish {
     let specs = ranges.map(RangeHeader::specs).unwrap_or_default();
-    let open_ended = specs.iter().any(|spec| matches!(spec, RangeSpec::From { .. }));
+    let open_ended = specs
+        .iter()
+        .any(|spec| matches!(spec, RangeSpec::From { .. }));
     let range = match specs.first() {
         Some(first) if !open_ended => WishRange::Part(*first),
         Some(_) | None => WishRange::Whole,
     };
-    Wish { range, client: request.grant.client().address }
+    Wish {
+        range,
+        client: request.grant.client().address,
+    }
 }
 
 fn stored(blob: &Blob, ranges: Option<&RangeHeader>) -> Result<Answer, Problem> {
@@ -86,14 +112,20 @@ fn stored(blob: &Blob, ranges: Option<&RangeHeader>) -> Result<Answer, Problem> 
     match resolve(ranges, size)? {
         Wanted::Whole => {
             describe(response.headers_mut(), &digest, Some(size));
-            *response.body_mut() = Body::spans([blob.span(Slice { start: 0, end: size })]);
+            *response.body_mut() = Body::spans([blob.span(Slice {
+                start: 0,
+                end: size,
+            })]);
         }
         Wanted::One(slice) => {
             describe_part(&mut response, &digest, slice, size);
             *response.body_mut() = Body::spans([blob.span(slice)]);
         }
         Wanted::Several(slices) => {
-            let parts = slices.iter().map(|slice| Section::Spans(*slice, blob.clone())).collect();
+            let parts = slices
+                .iter()
+                .map(|slice| Section::Spans(*slice, blob.clone()))
+                .collect();
             several(&mut response, &digest, Multipart::new(&slices, parts, size));
         }
     }
@@ -107,38 +139,68 @@ async fn filling(
     (ranges, wish): (Option<&RangeHeader>, Wish),
 ) -> Result<Answer, Problem> {
     let mut response = Response::new(Body::empty());
-    let assurance = if open.is_verified() { Assurance::Verified } else { Assurance::Unverified };
     let Some(size) = open.size() else {
         // The upstream did not tell the size, so no range can be answered exactly: everything is sent (RFC 9110 section 14.2).
         describe(response.headers_mut(), digest, None);
         *response.body_mut() = Body::stream(None, parts(open.read(None, Release::Verified)));
         return Ok(Answer::new(response, verdict));
     };
-    match resolve(ranges, size)? {
+    let early = if open.is_verified() {
+        Assurance::Verified
+    } else {
+        Assurance::Unverified
+    };
+    let assurance = match resolve(ranges, size)? {
         Wanted::Whole => {
             describe(response.headers_mut(), digest, Some(size));
-            let mut tail = open.read(Some(Slice { start: 0, end: size }), Release::Verified);
+            let mut tail = open.read(
+                Some(Slice {
+                    start: 0,
+                    end: size,
+                }),
+                Release::Verified,
+            );
             if size == 0 {
-                tail.settled().await.map_err(|error| failure::of_cache(&error.into()))?;
+                tail.settled()
+                    .await
+                    .map_err(|error| failure::of_cache(&error.into()))?;
             }
             *response.body_mut() = Body::stream(Some(size), parts(tail));
-            Ok(Answer::new(response, verdict))
+            Assurance::Verified
         }
         Wanted::One(slice) => {
-            let release = if wish.range == WishRange::Whole { Release::Verified } else { Release::Arrived };
+            let (release, assurance) = match wish.range {
+                WishRange::Whole => (Release::Verified, Assurance::Verified),
+                WishRange::Part(_) => (Release::Arrived, early),
+            };
             describe_part(&mut response, digest, slice, size);
-            *response.body_mut() = Body::stream(Some(slice.len()), parts(open.read(Some(slice), release)));
-            let assurance = if release == Release::Arrived { assurance } else { Assurance::Verified };
-            Ok(Answer { assurance, ..Answer::new(response, verdict) })
+            *response.body_mut() =
+                Body::stream(Some(slice.len()), parts(open.read(Some(slice), release)));
+            assurance
         }
         Wanted::Several(slices) => {
-            // All ranges are made known at once, so that none is fetched later than it could be.
-            let tails = slices.iter().map(|slice| Section::Tail(open.again(wish).read(Some(*slice), Release::Arrived)));
-            let sections = tails.collect();
-            several(&mut response, digest, Multipart::new(&slices, sections, size));
-            Ok(Answer { assurance, ..Answer::new(response, verdict) })
+            let sections = sections(&open, &slices, wish);
+            several(
+                &mut response,
+                digest,
+                Multipart::new(&slices, sections, size),
+            );
+            early
         }
-    }
+    };
+    Ok(Answer {
+        assurance,
+        ..Answer::new(response, verdict)
+    })
+}
+
+/// Readers of all ranges, made known at once, so that none is fetched later than it could be.
+fn sections(open: &Open, slices: &[Slice], wish: Wish) -> VecDeque<Section> {
+    let tail = |slice: &Slice| open.again(wish).read(Some(*slice), Release::Arrived);
+    slices
+        .iter()
+        .map(|slice| Section::Tail(Box::new(tail(slice))))
+        .collect()
 }
 
 enum Wanted {
@@ -171,7 +233,10 @@ fn describe(headers: &mut HeaderMap, digest: &AnyDigest, size: Option<u64>) {
 fn describe_part(response: &mut Response<Body>, digest: &AnyDigest, slice: Slice, size: u64) {
     *response.status_mut() = StatusCode::PARTIAL_CONTENT;
     describe(response.headers_mut(), digest, Some(slice.len()));
-    let range = ContentRange { slice, total: Some(size) };
+    let range = ContentRange {
+        slice,
+        total: Some(size),
+    };
     set(response.headers_mut(), CONTENT_RANGE, &range.to_string());
 }
 
@@ -194,7 +259,7 @@ struct Multipart {
 /// Where one range's bytes come from.
 enum Section {
     Spans(Slice, Blob),
-    Tail(Tail),
+    Tail(Box<Tail>),
     Sent,
 }
 
@@ -202,7 +267,10 @@ impl Multipart {
     fn new(slices: &[Slice], sections: VecDeque<Section>, size: u64) -> Self {
         let head = |(index, slice): (usize, &Slice)| {
             let lead = if index == 0 { "" } else { "\r\n" };
-            let range = ContentRange { slice: *slice, total: Some(size) };
+            let range = ContentRange {
+                slice: *slice,
+                total: Some(size),
+            };
             Bytes::from(format!(
                 "{lead}--{BOUNDARY}\r\nContent-Type: {}\r\nContent-Range: {range}\r\n\r\n",
                 oci::OCTET_STREAM
@@ -212,7 +280,12 @@ impl Multipart {
         heads.push_back(Bytes::from(format!("\r\n--{BOUNDARY}--\r\n")));
         let written: u64 = heads.iter().map(|head| head.len() as u64).sum();
         let length = written + slices.iter().map(|slice| slice.len()).sum::<u64>();
-        Self { length, heads, sections, open: None }
+        Self {
+            length,
+            heads,
+            sections,
+            open: None,
+        }
     }
 
     fn parts(self) -> impl Stream<Item = Result<Part, BodyBroken>> {

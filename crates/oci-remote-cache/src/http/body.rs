@@ -132,7 +132,11 @@ impl Body {
 
     /// Whether all that was announced has been handed out.
     pub(super) fn is_finished(&self) -> bool {
-        self.rest.is_none() && (self.left == Some(0) || matches!(self.source, Source::Empty))
+        let nothing_left = match self.left {
+            Some(left) => left == 0,
+            None => matches!(self.source, Source::Empty),
+        };
+        self.rest.is_none() && nothing_left
     }
 
     /// What is left, for `Body::size_hint`.

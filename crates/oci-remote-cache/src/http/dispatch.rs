@@ -65,7 +65,11 @@ pub struct Answer {
 impl Registry {
     /// Answers from `cache`, by `names`; `aside` answers what lies outside the registry's API.
     pub fn new(cache: Cache, names: Names, aside: Aside) -> Self {
-        Self { cache, names, aside }
+        Self {
+            cache,
+            names,
+            aside,
+        }
     }
 
     async fn answer(&self, parts: &Parts, peer: SocketAddr) -> Response<Body> {
@@ -84,15 +88,16 @@ impl Registry {
     async fn routed(&self, route: Route, parts: &Parts, peer: SocketAddr) -> Response<Body> {
         let kind = kind(&route.target);
         let Some(name) = name(&route.target) else {
-            return match route.target {
-                Target::Base => with_outcome(base(), Outcome::none(kind)),
-                _ => refused(Problem::not_found(ErrorCode::Unsupported, "the catalog is not served"), kind),
+            return nameless(&route.target, kind);
+        };
+        let resolved =
+            match self
+                .names
+                .resolve(route.prefix.as_deref(), name, route.namespace.as_deref())
+            {
+                Ok(resolved) => resolved,
+                Err(unknown) => return refused(failure::of_name(&unknown), kind),
             };
-        };
-        let resolved = match self.names.resolve(route.prefix.as_deref(), name, route.namespace.as_deref()) {
-            Ok(resolved) => resolved,
-            Err(unknown) => return refused(failure::of_name(&unknown), kind),
-        };
         let client = Client { address: peer.ip() };
         let upstream = resolved.upstream.clone();
         let request = Request {
@@ -105,8 +110,12 @@ impl Registry {
             Ok(answer) => answer,
             Err(problem) => Answer::refusal(failure::jittered(problem, peer.port())),
         };
-        let outcome =
-            Outcome { verdict: answer.verdict, kind, upstream: Some(upstream.clone()), assurance: answer.assurance };
+        let outcome = Outcome {
+            verdict: answer.verdict,
+            kind,
+            upstream: Some(upstream.clone()),
+            assurance: answer.assurance,
+        };
         let mut response = with_outcome(answer.response, outcome);
         if route.namespace.is_some()
             && let Ok(namespace) = HeaderValue::from_str(upstream.as_str())
@@ -123,9 +132,12 @@ impl Request<'_> {
             Target::Manifest { reference, .. } => manifest::answer(self, reference).await,
             Target::Blob { digest, .. } => Box::pin(blob::answer(self, digest)).await,
             Target::Tags { page, .. } => listing::tags(self, route, page).await,
-            Target::Referrers { digest, artifact_type, page, .. } => {
-                listing::referrers(self, route, (digest, artifact_type.as_deref(), page)).await
-            }
+            Target::Referrers {
+                digest,
+                artifact_type,
+                page,
+                ..
+            } => listing::referrers(self, route, (digest, artifact_type.as_deref(), page)).await,
             Target::Base | Target::Catalog { .. } => Ok(Answer::plain(base())),
         }
     }
@@ -139,7 +151,11 @@ impl Request<'_> {
 
     /// All values of a header that are text.
     pub fn values(&self, name: &HeaderName) -> impl Iterator<Item = &str> {
-        self.parts.headers.get_all(name).iter().filter_map(|value| value.to_str().ok())
+        self.parts
+            .headers
+            .get_all(name)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
     }
 
     /// Whether no body is wanted.
@@ -151,7 +167,11 @@ impl Request<'_> {
 impl Answer {
     /// An answer of verified bytes.
     pub fn new(response: Response<Body>, verdict: Verdict) -> Self {
-        Self { response, verdict, assurance: Assurance::Verified }
+        Self {
+            response,
+            verdict,
+            assurance: Assurance::Verified,
+        }
     }
 
     fn plain(response: Response<Body>) -> Self {
@@ -175,7 +195,9 @@ impl Handler for Registry {
 
 impl fmt::Debug for Registry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Registry").field("names", &self.names).finish_non_exhaustive()
+        f.debug_struct("Registry")
+            .field("names", &self.names)
+            .finish_non_exhaustive()
     }
 }
 
@@ -184,6 +206,17 @@ pub fn set(headers: &mut HeaderMap, name: HeaderName, value: &str) {
     if let Ok(value) = HeaderValue::from_str(value) {
         headers.insert(name, value);
     }
+}
+
+/// The two endpoints that name no repository. The catalog leaks names, and Docker Hub has none either.
+fn nameless(target: &Target, kind: &'static str) -> Response<Body> {
+    if matches!(target, Target::Base) {
+        return with_outcome(base(), Outcome::none(kind));
+    }
+    refused(
+        Problem::not_found(ErrorCode::Unsupported, "the catalog is not served"),
+        kind,
+    )
 }
 
 fn base() -> Response<Body> {

@@ -19,7 +19,11 @@ const SPREAD: u64 = 5;
 
 /// A path that is no route.
 pub fn of_route(error: &RouteError) -> Problem {
-    let status = if error.status() == 400 { Status::BadRequest } else { Status::NotFound };
+    let status = if error.status() == 400 {
+        Status::BadRequest
+    } else {
+        Status::NotFound
+    };
     Problem::new(status, error.code(), error.to_string())
 }
 
@@ -42,9 +46,10 @@ pub fn of_cache(error: &CacheError) -> Problem {
         CacheError::Denied { .. } => Problem::denied(message),
         CacheError::Upstream(error) => of_upstream(error),
         CacheError::Fill(error) => of_fill(error),
-        CacheError::BadManifest { why: ManifestError::Schema1, .. } => {
-            Problem::not_found(ErrorCode::ManifestUnknown, message)
-        }
+        CacheError::BadManifest {
+            why: ManifestError::Schema1,
+            ..
+        } => Problem::not_found(ErrorCode::ManifestUnknown, message),
         CacheError::BadManifest { .. } | CacheError::WrongDigest { .. } => {
             Problem::bad_gateway(ErrorCode::ManifestInvalid, message)
         }
@@ -56,7 +61,9 @@ pub fn of_cache(error: &CacheError) -> Problem {
 fn of_fill(error: &FillError) -> Problem {
     match error {
         FillError::Upstream(error) => of_upstream(error),
-        FillError::Mismatch { .. } => Problem::bad_gateway(ErrorCode::BlobUnknown, error.to_string()),
+        FillError::Mismatch { .. } => {
+            Problem::bad_gateway(ErrorCode::BlobUnknown, error.to_string())
+        }
         FillError::Pieces(_) | FillError::Parked | FillError::Stopping => {
             Problem::unavailable(error.to_string(), Duration::from_secs(1))
         }
@@ -71,7 +78,9 @@ fn of_upstream(error: &UpstreamError) -> Problem {
         Fault::RateLimited { retry_after } => Problem::too_many_requests(message, *retry_after),
         Fault::BreakerOpen { retry_after } => Problem::unavailable(message, *retry_after),
         Fault::Late | Fault::Stalled => Problem::gateway_timeout(message),
-        Fault::Connect(_) | Fault::Broken(_) | Fault::TokenFailed(_) => Problem::unavailable(message, SOON),
+        Fault::Connect(_) | Fault::Broken(_) | Fault::TokenFailed(_) => {
+            Problem::unavailable(message, SOON)
+        }
         Fault::Status(status) if *status >= 500 => Problem::unavailable(message, SOON),
         Fault::Status(_)
         | Fault::RangeRefused
@@ -96,7 +105,8 @@ pub fn jittered(problem: Problem, port: u16) -> Problem {
     match problem.wait() {
         Some(wait) => {
             let later = Duration::from_secs(u64::from(port) % SPREAD);
-            problem.retry_after((wait + later).clamp(Duration::from_secs(1), Duration::from_secs(300)))
+            problem
+                .retry_after((wait + later).clamp(Duration::from_secs(1), Duration::from_mins(5)))
         }
         None => problem,
     }

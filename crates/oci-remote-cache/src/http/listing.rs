@@ -18,7 +18,11 @@ use crate::verdict::Verdict;
 const OCI_FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
 
 /// What a query value may hold as it is.
-const QUERY: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+const QUERY: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'.')
+    .remove(b'_')
+    .remove(b'~');
 
 /// Answers `tags/list`.
 pub async fn tags(request: &Request<'_>, route: &Route, page: &Page) -> Result<Answer, Problem> {
@@ -58,32 +62,57 @@ pub async fn referrers(
     Ok(said(response, verdict))
 }
 
-async fn list(request: &Request<'_>, list: List) -> Result<(std::sync::Arc<Listing>, Verdict), Problem> {
-    let answer = request.cache.listing(&request.grant, list, request.deadline).await;
+async fn list(
+    request: &Request<'_>,
+    list: List,
+) -> Result<(std::sync::Arc<Listing>, Verdict), Problem> {
+    let answer = request
+        .cache
+        .listing(&request.grant, list, request.deadline)
+        .await;
     answer.map_err(|error| failure::of_cache(&error))
 }
 
 fn said(mut response: Response<Body>, verdict: Verdict) -> Answer {
     if let Verdict::Stale(why) = verdict {
-        set(response.headers_mut(), WARNING, &format!("299 - \"served from cache: upstream {}\"", why.as_str()));
+        set(
+            response.headers_mut(),
+            WARNING,
+            &format!("299 - \"served from cache: upstream {}\"", why.as_str()),
+        );
     }
     Answer::new(response, verdict)
 }
 
-fn next(response: &mut Response<Body>, route: &Route, listing: &Listing, artifact_type: Option<&str>) {
+fn next(
+    response: &mut Response<Body>,
+    route: &Route,
+    listing: &Listing,
+    artifact_type: Option<&str>,
+) {
     let Some(page) = &listing.next else { return };
-    let link = format!("<{}?{}>; rel=\"next\"", path(route), query(route, page, artifact_type));
+    let link = format!(
+        "<{}?{}>; rel=\"next\"",
+        path(route),
+        query(route, page, artifact_type)
+    );
     set(response.headers_mut(), LINK, &link);
 }
 
 /// The path the client used, made again from its parsed parts.
 fn path(route: &Route) -> String {
-    let prefix = route.prefix.as_ref().map(|prefix| format!("/{prefix}")).unwrap_or_default();
+    let prefix = route
+        .prefix
+        .as_ref()
+        .map(|prefix| format!("/{prefix}"))
+        .unwrap_or_default();
     let rest = match &route.target {
         Target::Referrers { digest, .. } => format!("referrers/{digest}"),
-        Target::Tags { .. } | Target::Base | Target::Manifest { .. } | Target::Blob { .. } | Target::Catalog { .. } => {
-            "tags/list".to_owned()
-        }
+        Target::Tags { .. }
+        | Target::Base
+        | Target::Manifest { .. }
+        | Target::Blob { .. }
+        | Target::Catalog { .. } => "tags/list".to_owned(),
     };
     format!("{prefix}/v2/{}/{rest}", name(route))
 }
@@ -98,10 +127,18 @@ fn query(route: &Route, page: &Page, artifact_type: Option<&str>) -> String {
         ("next_page", page.next.as_deref()),
         ("ns", route.namespace.as_deref()),
     ];
-    for (name, value) in parameters.into_iter().filter_map(|(name, value)| Some((name, value?))) {
+    for (name, value) in parameters
+        .into_iter()
+        .filter_map(|(name, value)| Some((name, value?)))
+    {
         let separator = if query.is_empty() { "" } else { "&" };
         // Writing to a String cannot fail.
-        write!(query, "{separator}{name}={}", utf8_percent_encode(value, QUERY)).ok();
+        write!(
+            query,
+            "{separator}{name}={}",
+            utf8_percent_encode(value, QUERY)
+        )
+        .ok();
     }
     query
 }

@@ -1,6 +1,9 @@
 //! Manifests, said in headers.
 
-use hyper::header::{AGE, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, IF_NONE_MATCH, VARY, WARNING};
+use hyper::header::{
+    AGE, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, IF_NONE_MATCH, VARY,
+    WARNING,
+};
 use hyper::{Response, StatusCode, header};
 use oci::{AnyDigest, Reference};
 
@@ -20,14 +23,23 @@ pub const IMMUTABLE: &str = "max-age=31536000, immutable";
 /// Answers a GET or HEAD of a manifest.
 pub async fn answer(request: &Request<'_>, reference: &Reference) -> Result<Answer, Problem> {
     let wish = ManifestWish {
-        method: if request.is_head() { Method::Head } else { Method::Get },
+        method: if request.is_head() {
+            Method::Head
+        } else {
+            Method::Get
+        },
         accept: request.joined(&header::ACCEPT),
     };
-    let found = request.cache.manifest(&request.grant, reference, &wish, request.deadline).await;
+    let found = request
+        .cache
+        .manifest(&request.grant, reference, &wish, request.deadline)
+        .await;
     let manifest = found.map_err(|error| failure::of_cache(&error))?;
     let verdict = manifest.verdict;
     let unchanged = match &manifest.digest {
-        AnyDigest::Known(digest) => conditional::if_none_match(request.values(&IF_NONE_MATCH), digest),
+        AnyDigest::Known(digest) => {
+            conditional::if_none_match(request.values(&IF_NONE_MATCH), digest)
+        }
         AnyDigest::Foreign(_) => false,
     };
     let mut response = Response::new(Body::empty());
@@ -36,8 +48,16 @@ pub async fn answer(request: &Request<'_>, reference: &Reference) -> Result<Answ
         *response.status_mut() = StatusCode::NOT_MODIFIED;
         return Ok(Answer::new(response, verdict));
     }
-    set(response.headers_mut(), CONTENT_TYPE, manifest.media_type.as_str());
-    set(response.headers_mut(), CONTENT_LENGTH, &manifest.size.to_string());
+    set(
+        response.headers_mut(),
+        CONTENT_TYPE,
+        manifest.media_type.as_str(),
+    );
+    set(
+        response.headers_mut(),
+        CONTENT_LENGTH,
+        &manifest.size.to_string(),
+    );
     if let Some(body) = manifest.body {
         *response.body_mut() = Body::memory(body);
     }
@@ -61,7 +81,10 @@ fn describe(response: &mut Response<Body>, manifest: &ManifestAnswer, reference:
     if let Verdict::Stale(why) = manifest.verdict {
         let age = manifest.age.unwrap_or_default().as_secs();
         // podman prints it to its user.
-        let text = format!("299 - \"served from cache, last checked {age} s ago: upstream {}\"", why.as_str());
+        let text = format!(
+            "299 - \"served from cache, last checked {age} s ago: upstream {}\"",
+            why.as_str()
+        );
         set(headers, WARNING, &text);
     }
 }

@@ -338,3 +338,164 @@ fn shown_agent(agent: &HeaderValue) -> String {
 fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::{Arc, Mutex};
+    use std::time::Duration;
+
+    use futures_util::stream;
+    use hyper::Response;
+    use tokio::time::sleep;
+    use tracing::subscriber::DefaultGuard;
+
+    use super::{Outcome, milliseconds};
+    use crate::http::body::{Body, BodyBroken, Part};
+    use crate::http::listen::tests::{Lab, limits};
+    use crate::names::UpstreamId;
+    use crate::verdict::{Assurance, Verdict, Why};
+
+    /// Keeps what is logged on this thread.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Log {
+        fn open() -> (Self, DefaultGuard) {
+            let log = Self::default();
+            let writer = log.clone();
+            let subscriber = tracing_subscriber::fmt()
+                .with_max_level(tracing::Level::DEBUG)
+                .with_ansi(false)
+                .with_writer(move || writer.clone())
+                .finish();
+            (log, tracing::subscriber::set_default(subscriber))
+        }
+
+        async fn line(&self, part: &str) -> String {
+            for _ in 0..1000 {
+                match self.find(part) {
+                    Some(line) => return line,
+                    None => sleep(Duration::from_millis(5)).await,
+                }
+            }
+            panic!("nothing with {part}");
+        }
+
+        fn find(&self, part: &str) -> Option<String> {
+            let mut lines = self.all();
+            lines.retain(|line| line.contains(part));
+            lines.into_iter().next()
+        }
+
+        fn all(&self) -> Vec<String> {
+            let log = self.0.lock().unwrap().clone();
+            let text = String::from_utf8(log).unwrap();
+            text.lines().map(str::to_owned).collect()
+        }
+    }
+
+    fn shows(line: &str, fields: &[&str]) {
+        for field in fields {
+            assert!(line.contains(field), "{field} not in {line}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_line_says_what_happened_and_no_secret() {
+        let (log, _guard) = Log::open();
+        let lab = Lab::start(limits(), |_| {
+            let mut response = Response::new(Body::memory("hello"));
+            response.extensions_mut().insert(Outcome {
+                verdict: Verdict::Stale(Why::RateLimited),
+                kind: "manifest",
+                upstream: Some(UpstreamId::new("docker.io")),
+                assurance: Assurance::Verified,
+            });
+            response
+        });
+        let mut client = lab.client().await;
+        let request = "GET /v2/a/%1b?ns=docker.io&token=hunter2&n=3 HTTP/1.1\r\nHost: x\r\nUser-Agent: podman/5\r\n\
+                       Authorization: Basic aHVudGVyMg==\r\nCookie: c=hunter2\r\nProxy-Authorization: hunter2\r\n\r\n";
+        client.send(request).await;
+        client.answer().await;
+        let line = log.line(" access: ").await;
+        shows(
+            &line,
+            &[
+                "INFO",
+                "method=GET",
+                "path=/v2/a/%1b?ns=docker.io&n=3 ",
+                "status=200",
+                "kind=\"manifest\"",
+                "verdict=\"stale\"",
+                "why=\"rate-limited\"",
+                "upstream=\"docker.io\"",
+                "bytes=5",
+                "end=\"complete\"",
+                "agent=\"podman/5\"",
+            ],
+        );
+        let line = log.line(" client: request").await;
+        shows(&line, &["authorization: ***", "cookie: ***", "host: x"]);
+        let all = log.all().concat();
+        assert!(
+            !all.contains("hunter2") && !all.contains("aHVudGVyMg"),
+            "{all}"
+        );
+        lab.shows(r#"oci_remote_cache_stale_total{why="rate-limited"} 1"#)
+            .await;
+    }
+
+    #[tokio::test]
+    async fn a_cut_is_told_with_its_reason() {
+        let (log, _guard) = Log::open();
+        let lab = Lab::start(limits(), |_| {
+            let parts = [
+                Ok(Part::Memory("abc".into())),
+                Err(BodyBroken::new("the upstream went away")),
+            ];
+            Response::new(Body::stream(Some(9), stream::iter(parts)))
+        });
+        lab.client().await.get("/").await;
+        let line = log.line(" access: ").await;
+        shows(
+            &line,
+            &[
+                "end=\"cut\"",
+                "bytes=3",
+                "broken=\"the upstream went away\"",
+            ],
+        );
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_early_is_told_as_cut() {
+        let (log, _guard) = Log::open();
+        let lab = Lab::start(limits(), |_| {
+            Response::new(Body::stream(Some(9), stream::pending()))
+        });
+        let mut client = lab.client().await;
+        client.send("GET / HTTP/1.1\r\nHost: x\r\n\r\n").await;
+        assert!(client.more().await);
+        drop(client);
+        let line = log.line(" access: ").await;
+        shows(&line, &["end=\"cut\"", "bytes=0", "status=200"]);
+    }
+
+    #[test]
+    fn durations_are_told_in_milliseconds() {
+        assert!((milliseconds(Duration::from_micros(1234)) - 1.234).abs() < 1e-9);
+    }
+}

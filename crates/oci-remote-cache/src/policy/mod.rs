@@ -33,5 +33,8 @@ impl Grant {
 /// Admits a client to a repository. There are no rules per client yet: whoever can reach the listener may ask for what the configured
 /// upstreams offer.
 pub fn admit(client: Client, upstream: UpstreamId, repository: RepositoryName) -> Grant {
-    Grant { source: Source::new(upstream, repository), client }
+    Grant {
+        source: Source::new(upstream, repository),
+        client,
+    }
 }

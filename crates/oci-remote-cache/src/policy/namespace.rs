@@ -1,6 +1,6 @@
 //! From a name on the wire to an upstream and a repository.
 //!
-//! Four shapes lead to the same place: `/v2/<key>/<name>/…` (podman, skopeo, BuildKit), `/<key>/v2/<name>/…` (containerd without
+//! Four shapes lead to the same place: `/v2/<key>/<name>/…` (podman, skopeo, `BuildKit`), `/<key>/v2/<name>/…` (containerd without
 //! `override_path`), `?ns=<key>` (containerd, regclient), and the bare name for the default upstream (Docker's registry-mirrors). Keys,
 //! aliases and `ns` are looked up in a closed table: no request can name a place to connect to.
 
@@ -74,16 +74,33 @@ impl Names {
     pub fn new(entries: &[Entry], default: Option<&str>) -> Self {
         let mut table = HashMap::new();
         for entry in entries {
-            let library = if entry.library { Library::Added } else { Library::AsIs };
-            for name in entry.aliases.iter().map(String::as_str).chain([entry.id.as_str()]) {
+            let library = if entry.library {
+                Library::Added
+            } else {
+                Library::AsIs
+            };
+            for name in entry
+                .aliases
+                .iter()
+                .map(String::as_str)
+                .chain([entry.id.as_str()])
+            {
                 table.insert(name.to_ascii_lowercase(), (entry.id.clone(), library));
             }
         }
-        Self { table, default: default.map(str::to_ascii_lowercase) }
+        Self {
+            table,
+            default: default.map(str::to_ascii_lowercase),
+        }
     }
 
     /// Where `name` leads, given the path prefix before `/v2/` and the `ns` parameter. The path beats `ns`.
-    pub fn resolve(&self, prefix: Option<&str>, name: &NamePath, ns: Option<&str>) -> Result<Resolved, Unknown> {
+    pub fn resolve(
+        &self,
+        prefix: Option<&str>,
+        name: &NamePath,
+        ns: Option<&str>,
+    ) -> Result<Resolved, Unknown> {
         if let Some(prefix) = prefix {
             return self.named(prefix, name.whole(), name);
         }
@@ -111,22 +128,45 @@ impl Names {
         }
     }
 
-    fn named(&self, key: &str, repository: Option<RepositoryName>, name: &NamePath) -> Result<Resolved, Unknown> {
-        let Some((upstream, library)) = self.find(key) else { return Err(self.unknown(key)) };
+    fn named(
+        &self,
+        key: &str,
+        repository: Option<RepositoryName>,
+        name: &NamePath,
+    ) -> Result<Resolved, Unknown> {
+        let Some((upstream, library)) = self.find(key) else {
+            return Err(self.unknown(key));
+        };
         let repository = repository.ok_or_else(|| Unknown::Illegal(name.as_str().to_owned()))?;
-        let repository = if *library == Library::Added { repository.with_library() } else { repository };
-        Ok(Resolved { upstream: upstream.clone(), repository })
+        let repository = if *library == Library::Added {
+            repository.with_library()
+        } else {
+            repository
+        };
+        Ok(Resolved {
+            upstream: upstream.clone(),
+            repository,
+        })
     }
 
     fn find(&self, key: &str) -> Option<&(UpstreamId, Library)> {
         // Hosts compare without case; nearly all keys arrive in lower case already.
-        self.table.get(key).or_else(|| self.table.get(&key.to_ascii_lowercase()))
+        self.table
+            .get(key)
+            .or_else(|| self.table.get(&key.to_ascii_lowercase()))
     }
 
     fn unknown(&self, name: &str) -> Unknown {
         let score = |key: &&String| strsim::jaro_winkler(key, name);
-        let nearest = self.table.keys().max_by(|a, b| score(a).total_cmp(&score(b))).filter(|key| score(key) > ALIKE);
-        Unknown::Upstream { name: name.to_owned(), nearest: nearest.cloned() }
+        let nearest = self
+            .table
+            .keys()
+            .max_by(|a, b| score(a).total_cmp(&score(b)))
+            .filter(|key| score(key) > ALIKE);
+        Unknown::Upstream {
+            name: name.to_owned(),
+            nearest: nearest.cloned(),
+        }
     }
 }
 
@@ -135,8 +175,16 @@ mod tests {
     use super::*;
 
     fn names(default: Option<&str>) -> Names {
-        let hub = Entry { id: UpstreamId::new("docker.io"), aliases: vec!["index.docker.io".into()], library: true };
-        let quay = Entry { id: UpstreamId::new("quay.io"), aliases: vec![], library: false };
+        let hub = Entry {
+            id: UpstreamId::new("docker.io"),
+            aliases: vec!["index.docker.io".into()],
+            library: true,
+        };
+        let quay = Entry {
+            id: UpstreamId::new("quay.io"),
+            aliases: vec![],
+            library: false,
+        };
         Names::new(&[hub, quay], default)
     }
 
@@ -153,22 +201,38 @@ mod tests {
         assert_eq!(resolve(None, "docker.io/library/alpine", None), place);
         assert_eq!(resolve(None, "index.docker.io/library/alpine", None), place);
         assert_eq!(resolve(Some("docker.io"), "library/alpine", None), place);
-        assert_eq!(resolve(Some("docker.io"), "alpine", Some("docker.io")), place);
+        assert_eq!(
+            resolve(Some("docker.io"), "alpine", Some("docker.io")),
+            place
+        );
         assert_eq!(resolve(None, "library/alpine", Some("docker.io")), place);
         assert_eq!(resolve(None, "alpine", None), place);
     }
 
     #[test]
     fn the_path_beats_ns() {
-        assert_eq!(resolve(None, "quay.io/a/b", Some("docker.io")), Ok("quay.io/a/b".to_owned()));
+        assert_eq!(
+            resolve(None, "quay.io/a/b", Some("docker.io")),
+            Ok("quay.io/a/b".to_owned())
+        );
     }
 
     #[test]
     fn a_host_is_never_a_name_of_the_default() {
-        for host in ["ghcr.example/x/y", "localhost/x/y", "nosuch.example:5000/x/y", "quay.oi/x"] {
-            assert!(matches!(resolve(None, host, None), Err(Unknown::Upstream { .. })), "{host}");
+        for host in [
+            "ghcr.example/x/y",
+            "localhost/x/y",
+            "nosuch.example:5000/x/y",
+            "quay.oi/x",
+        ] {
+            assert!(
+                matches!(resolve(None, host, None), Err(Unknown::Upstream { .. })),
+                "{host}"
+            );
         }
-        let Err(Unknown::Upstream { nearest, .. }) = resolve(None, "quay.oi/x", None) else { panic!() };
+        let Err(Unknown::Upstream { nearest, .. }) = resolve(None, "quay.oi/x", None) else {
+            panic!()
+        };
         assert_eq!(nearest.as_deref(), Some("quay.io"));
     }
 
@@ -176,6 +240,10 @@ mod tests {
     fn unknown_ns_and_prefix_are_refused() {
         assert!(resolve(None, "x/y", Some("nosuch.example")).is_err());
         assert!(resolve(Some("nosuch"), "x/y", None).is_err());
-        assert!(names(None).resolve(None, &"x/y".parse().unwrap(), None).is_err());
+        assert!(
+            names(None)
+                .resolve(None, &"x/y".parse().unwrap(), None)
+                .is_err()
+        );
     }
 }

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
-use tokio::time::MissedTickBehavior;
+use tokio::sync::Notify;
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tracing::{info, warn};
 
 use oci::Digest;
@@ -112,18 +113,18 @@ enum Wake {
 
 /// Starts the task that keeps the limit and writes down what was used. It ends with the store.
 pub(super) fn keep_tidy(store: &Store, tasks: &Tasks) {
-    let usage = store.usage().clone();
+    let bell = store.usage().bell();
     let shared = Arc::downgrade(&store.shared);
-    drop(tasks.spawn(keep(shared, usage, tasks.clone())));
+    drop(tasks.spawn(keep(shared, bell, tasks.clone())));
 }
 
-async fn keep(shared: Weak<Shared>, usage: Usage, tasks: Tasks) {
-    let mut uses_due = tokio::time::interval(WRITE_USES);
+async fn keep(shared: Weak<Shared>, bell: Arc<Notify>, tasks: Tasks) {
+    let mut uses_due = interval_at(Instant::now() + WRITE_USES, WRITE_USES);
     uses_due.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let wake = tokio::select! {
             () = tasks.stopping() => Wake::Stopping,
-            () = usage.passed_limit() => Wake::LimitPassed,
+            () = bell.notified() => Wake::LimitPassed,
             _ = uses_due.tick() => Wake::UsesDue,
         };
         let store = tidy(&shared, wake).await;
@@ -140,9 +141,10 @@ async fn tidy(shared: &Weak<Shared>, wake: Wake) -> Option<()> {
     };
     match wake {
         Wake::LimitPassed => {
-            let evicted = store.evict(store.usage().excess()).await;
+            let excess = store.usage().excess();
+            let evicted = store.evict(excess).await;
             drop(store);
-            if evicted.bytes == 0 {
+            if excess > 0 && evicted.bytes == 0 {
                 // All that is stored is being read: looking again for every byte that comes would not help.
                 tokio::time::sleep(NOTHING_TO_EVICT).await;
             }

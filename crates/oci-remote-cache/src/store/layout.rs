@@ -8,6 +8,7 @@ use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{Access, OFlags};
 
@@ -35,8 +36,8 @@ const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
 pub struct Layout {
     root: PathBuf,
     writable: bool,
-    /// Held, never read: closing it gives the lock back.
-    _lock: Option<File>,
+    /// Closing it, once all who hold it have done so, gives the lock back.
+    lock: Option<Arc<File>>,
 }
 
 /// Whether what is stored will still be there after a reboot.
@@ -73,7 +74,7 @@ impl Layout {
         Ok(Self {
             root,
             writable: intent == Intent::Write,
-            _lock: lock,
+            lock: lock.map(Arc::new),
         })
     }
 
@@ -98,7 +99,7 @@ impl Layout {
         Ok(Self {
             root,
             writable: false,
-            _lock: None,
+            lock: None,
         })
     }
 
@@ -149,6 +150,11 @@ impl Layout {
     /// Whether anything can be stored. If not, what can be read is served and the rest passes through.
     pub fn writable(&self) -> bool {
         self.writable
+    }
+
+    /// The lock, for those who may write on when the store is closed.
+    pub(super) fn lock(&self) -> Option<Arc<File>> {
+        self.lock.clone()
     }
 
     /// Whether what is stored will last, as far as the path and the file system tell.
@@ -286,7 +292,12 @@ fn make_folder(dir: &Path) -> Result<(), OpenError> {
         .map_err(|source| OpenError::Unmakeable {
             dir: dir.to_owned(),
             source,
-        })
+        })?;
+    // Blobs are synced up to this folder only, so its own name must be on the disk. Where that fails, nothing is stored yet.
+    if let Some(parent) = dir.parent() {
+        File::open(parent).and_then(|parent| parent.sync_all()).ok();
+    }
+    Ok(())
 }
 
 fn check_folder(dir: &Path) -> Result<(), OpenError> {
@@ -402,5 +413,150 @@ fn unreadable(dir: &Path, source: io::Error) -> OpenError {
     OpenError::Unreadable {
         dir: dir.to_owned(),
         source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
+
+    use oci::Algorithm;
+
+    use super::*;
+
+    fn set_mode(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn folders_are_private_and_marked() {
+        let temp = tempfile::tempdir().unwrap();
+        let layout = Layout::open(&temp.path().join("a/b")).unwrap();
+        let folders = [
+            layout.root().to_owned(),
+            layout.blobs_dir(),
+            layout.spool_dir(),
+            layout.parked_dir(),
+        ];
+        for folder in folders {
+            assert_eq!(folder.metadata().unwrap().mode() & 0o777, 0o700);
+        }
+        assert_eq!(
+            fs::read_to_string(temp.path().join("a/b/format")).unwrap(),
+            "1\n"
+        );
+        assert!(layout.writable());
+    }
+
+    #[test]
+    fn blobs_lie_under_their_first_two_digits() {
+        let temp = tempfile::tempdir().unwrap();
+        let layout = Layout::open(temp.path()).unwrap();
+        let digest = Digest::of(Algorithm::Sha256, b"");
+        let path = layout.blob_path(&digest);
+        let hex = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        assert!(path.ends_with(format!("blobs/sha256/e3/{hex}")), "{path:?}");
+    }
+
+    #[test]
+    fn what_is_no_folder_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let file = temp.path().join("file");
+        fs::write(&file, "x").unwrap();
+        for dir in [file.clone(), file.join("below")] {
+            let refused = Layout::open(&dir).unwrap_err();
+            assert!(matches!(refused, OpenError::NotAFolder { .. }), "{refused}");
+        }
+        assert_eq!(fs::read(&file).unwrap(), b"x");
+    }
+
+    #[test]
+    fn a_planted_subfolder_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        symlink("/etc", temp.path().join("spool")).unwrap();
+        let refused = Layout::open(temp.path()).unwrap_err();
+        assert!(matches!(refused, OpenError::NotAFolder { .. }), "{refused}");
+    }
+
+    #[test]
+    fn a_newer_format_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        for found in ["2", "1.5", "x"] {
+            fs::write(temp.path().join("format"), found).unwrap();
+            let refused = Layout::open(temp.path()).unwrap_err();
+            assert!(matches!(refused, OpenError::Newer { .. }), "{refused}");
+        }
+        fs::write(temp.path().join("format"), "").unwrap();
+        drop(Layout::open(temp.path()).unwrap());
+    }
+
+    #[test]
+    fn somebody_elses_folder_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("cache");
+        fs::create_dir(&dir).unwrap();
+        if chown(&dir, Some(12_345), None).is_err() {
+            return; // Only root may give files away.
+        }
+        let refused = Layout::open(&dir).unwrap_err();
+        assert!(
+            matches!(refused, OpenError::Foreign { owner: 12_345, .. }),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn links_count_where_only_we_can_make_them() {
+        let temp = tempfile::tempdir().unwrap();
+        let (real, way) = (temp.path().join("real"), temp.path().join("way"));
+        fs::create_dir(&real).unwrap();
+        fs::create_dir(&way).unwrap();
+        symlink("../real", way.join("link")).unwrap();
+        let dir = way.join("link/cache");
+        for mode in [0o700, 0o755, 0o1777] {
+            set_mode(&way, mode);
+            let layout = Layout::open(&dir).unwrap();
+            assert!(layout.root().ends_with("real/cache"));
+        }
+        for mode in [0o777, 0o775] {
+            set_mode(&way, mode);
+            let refused = Layout::open(&dir).unwrap_err();
+            assert!(matches!(refused, OpenError::Link { .. }), "{refused}");
+        }
+        set_mode(&way, 0o1777);
+        if std::os::unix::fs::lchown(way.join("link"), Some(12_345), None).is_ok() {
+            let refused = Layout::open(&dir).unwrap_err();
+            assert!(matches!(refused, OpenError::Link { .. }), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_link_to_itself_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        symlink("self", temp.path().join("self")).unwrap();
+        let refused = Layout::open(&temp.path().join("self")).unwrap_err();
+        assert!(matches!(refused, OpenError::Link { .. }), "{refused}");
+    }
+
+    #[test]
+    fn a_peek_needs_a_store_and_no_lock() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("cache");
+        assert!(matches!(Layout::peek(&dir), Err(OpenError::Absent { .. })));
+        assert!(!dir.exists());
+        fs::create_dir(&dir).unwrap();
+        assert!(matches!(Layout::peek(&dir), Err(OpenError::Absent { .. })));
+        let layout = Layout::open(&dir).unwrap();
+        assert_eq!(Layout::peek(&dir).unwrap().root(), layout.root());
+        let refused = Layout::open(&dir).unwrap_err().to_string();
+        assert!(refused.contains("lock"), "{refused}");
+    }
+
+    #[test]
+    fn what_will_not_last_is_said() {
+        let warning = Lasting::UnderTmp.warning(Path::new("/tmp/cache"));
+        let warning = warning.unwrap();
+        assert!(warning.contains("will not last") && warning.contains("cache_dir"));
+        assert_eq!(Lasting::Lasting.warning(Path::new("/var/cache")), None);
     }
 }

@@ -7,7 +7,9 @@ pub mod catalog;
 pub mod error;
 pub mod evict;
 pub mod layout;
+mod limit;
 pub mod pieces;
+mod prove;
 pub mod publish;
 pub mod recover;
 pub mod span;
@@ -17,25 +19,26 @@ pub mod usage;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::Arc;
 
-use tracing::{info, warn};
+use tracing::warn;
 
-use oci::{Digest, Hasher, Slice};
+use oci::{Digest, Slice};
 
-use self::catalog::{BlobRecord, Catalog, Change, Keeping};
+use self::catalog::{Catalog, Keeping};
 use self::error::{OpenError, StoreError};
 use self::evict::{Evicted, evict, keep_tidy, parked_bytes};
-use self::layout::{Layout, open_no_follow};
-use self::publish::{FileIdentity, publish, remove};
+use self::layout::Layout;
+use self::limit::default_max_size;
+use self::prove::Turns;
+use self::publish::{publish, remove};
 use self::recover::Recovery;
 use self::span::Span;
-use self::spool::{Verified, hash_file};
-use self::usage::{Reservation, StoredBlob, Trust, Usage, limits};
+use self::spool::Verified;
+use self::usage::{Reservation, StoredBlob, Trust, Usage};
 use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::tasks::Tasks;
@@ -77,6 +80,8 @@ pub enum Health {
     Damaged,
     /// There is no such blob.
     Absent,
+    /// It cannot be read right now.
+    Unreadable,
 }
 
 #[derive(Debug)]
@@ -89,8 +94,7 @@ struct Shared {
     clock: Clock,
     metrics: Metrics,
     tasks: Tasks,
-    /// One turn for each blob that is being hashed, so that a storm hashes it once.
-    proving: Mutex<HashMap<Digest, Arc<tokio::sync::Mutex<()>>>>,
+    proving: Turns,
 }
 
 impl Store {
@@ -129,7 +133,7 @@ impl Store {
         if let Some(file) = found.file {
             return Some(found.blob.open(file));
         }
-        self.opened(*digest, found.blob).await
+        self.opened(found.blob).await
     }
 
     /// Notes that a blob was used although its file was not opened: manifests are answered from memory.
@@ -175,11 +179,11 @@ impl Store {
 
     /// Removes a blob, whoever reads it; says whether it was there.
     pub async fn remove(&self, digest: &Digest) -> Result<bool, StoreError> {
-        let was_there = self.shared.usage.remove(digest).is_some();
         let path = self.shared.layout.blob_path(digest);
         let file = path.clone();
         self.blocking("remove", &path, move || remove(&file))
             .await?;
+        let was_there = self.shared.usage.remove(digest).is_some();
         self.shared.catalog.forget_blob(*digest).await?;
         Ok(was_there)
     }
@@ -193,9 +197,9 @@ impl Store {
             trust: Trust::Unproven,
             ..stored
         };
-        match self.open_now(*digest, unproven).await {
+        match self.open_now(unproven).await {
             Some(_) => Health::Sound,
-            None if self.contains(digest) => Health::Absent,
+            None if self.contains(digest) => Health::Unreadable,
             None => Health::Damaged,
         }
     }
@@ -275,30 +279,8 @@ impl Store {
         match (found.file, found.blob.trust) {
             (Some(file), _) => Some(found.blob.open(file)),
             (None, Trust::Unproven) => None,
-            (None, Trust::Proven) => self.opened(*digest, found.blob).await,
+            (None, Trust::Proven) => self.opened(found.blob).await,
         }
-    }
-
-    /// Opens a blob that is not open; one that must be hashed is hashed by the first who asks, while the others wait.
-    async fn opened(&self, digest: Digest, stored: StoredBlob) -> Option<Blob> {
-        if stored.trust == Trust::Proven {
-            return self.open_now(digest, stored).await;
-        }
-        let turn = self.shared.turn(&digest);
-        let turn = turn.lock().await;
-        let stored = self.shared.usage.get(&digest)?;
-        let blob = self.open_now(digest, stored).await;
-        drop(turn);
-        blob
-    }
-
-    async fn open_now(&self, digest: Digest, stored: StoredBlob) -> Option<Blob> {
-        let shared = Arc::clone(&self.shared);
-        let opened = self
-            .shared
-            .tasks
-            .spawn_blocking(move || shared.open(&digest, stored));
-        opened.await.ok()?
     }
 
     async fn blocking<T: Send + 'static>(
@@ -313,18 +295,6 @@ impl Store {
             self.shared.metrics.store_faults.inc();
             StoreError::new(doing, path, error)
         })
-    }
-
-    /// Hashes, one after the other, what was found without a fitting record, so that fewer clients must wait for it.
-    fn prove_in_background(&self) {
-        let unproven = |blob: &StoredBlob| blob.trust == Trust::Unproven;
-        let unproven: Vec<StoredBlob> = self.list().into_iter().filter(unproven).collect();
-        if unproven.is_empty() {
-            return;
-        }
-        let shared = Arc::downgrade(&self.shared);
-        let tasks = self.shared.tasks.clone();
-        drop(tasks.clone().spawn(prove_all(shared, unproven, tasks)));
     }
 }
 
@@ -347,87 +317,6 @@ impl Shared {
         let file = Arc::clone(verified.file());
         self.usage.insert_published(stored, &file, room);
         Ok((stored.open(file), stored))
-    }
-
-    /// Opens a blob's file, and hashes it unless it is exactly what was recorded. Blocks on the disk.
-    fn open(&self, digest: &Digest, stored: StoredBlob) -> Option<Blob> {
-        match self.open_as(stored) {
-            Ok(Some(blob)) => Some(blob),
-            Ok(None) => {
-                warn!(%digest, "a stored blob is damaged: removed");
-                self.drop_blob(digest);
-                None
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                warn!(%digest, "a stored blob's file is gone: forgotten");
-                self.drop_blob(digest);
-                None
-            }
-            Err(error) => {
-                self.metrics.store_faults.inc();
-                warn!(%digest, %error, "a stored blob cannot be read");
-                if !is_shortage(&error) {
-                    self.drop_blob(digest);
-                }
-                None
-            }
-        }
-    }
-
-    /// `None` when the bytes are not what the name says.
-    fn open_as(&self, stored: StoredBlob) -> io::Result<Option<Blob>> {
-        let digest = stored.digest;
-        let file = Arc::new(open_no_follow(&self.layout.blob_path(&digest))?);
-        let identity = FileIdentity::of(&file)?;
-        if stored.trust == Trust::Unproven || identity != stored.identity {
-            let whole = Slice {
-                start: 0,
-                end: identity.size,
-            };
-            let hasher = Hasher::new(digest.algorithm());
-            if hash_file(&file, whole, hasher)?.finish() != digest {
-                return Ok(None);
-            }
-            self.proved(StoredBlob {
-                identity,
-                trust: Trust::Proven,
-                ..stored
-            });
-        }
-        self.usage.keep_open(&digest, &file);
-        Ok(Some(StoredBlob { identity, ..stored }.open(file)))
-    }
-
-    fn proved(&self, stored: StoredBlob) {
-        self.usage.insert(stored);
-        let record = BlobRecord {
-            digest: stored.digest,
-            identity: stored.identity,
-            last_used: stored.last_used,
-        };
-        // Counted and logged by the writer; the blob is hashed again at the next start.
-        self.catalog
-            .record_blocking(vec![Change::Blob(record)])
-            .ok();
-    }
-
-    /// Removes a blob that cannot be served.
-    fn drop_blob(&self, digest: &Digest) {
-        self.metrics.store_faults.inc();
-        self.usage.remove(digest);
-        if let Err(error) = remove(&self.layout.blob_path(digest)) {
-            warn!(%digest, %error, "a damaged blob cannot be removed");
-        }
-        // Counted and logged by the writer; a row without a file is dropped at the next start.
-        self.catalog
-            .record_blocking(vec![Change::Forget(*digest)])
-            .ok();
-    }
-
-    fn turn(&self, digest: &Digest) -> Arc<tokio::sync::Mutex<()>> {
-        let mut proving = self.proving.lock().unwrap_or_else(PoisonError::into_inner);
-        proving.retain(|_, turn| Arc::strong_count(turn) > 1);
-        Arc::clone(proving.entry(*digest).or_default())
     }
 }
 
@@ -452,17 +341,6 @@ impl StoredBlob {
     }
 }
 
-/// Hashes each of the blobs unless a client's request did so already; ends early with the store or the process.
-async fn prove_all(shared: Weak<Shared>, unproven: Vec<StoredBlob>, tasks: Tasks) {
-    for blob in unproven {
-        let Some(shared) = shared.upgrade().filter(|_| !tasks.is_stopping()) else {
-            return;
-        };
-        drop(Store { shared }.opened(blob.digest, blob).await);
-    }
-    info!("all stored blobs are proven");
-}
-
 /// What every part of the process shares.
 struct Parts {
     clock: Clock,
@@ -484,7 +362,7 @@ fn open_blocking(settings: &StoreSettings, parts: Parts) -> Result<Store, OpenEr
     let ours = blobs.iter().map(|blob| blob.identity.size).sum::<u64>();
     let max_size = settings
         .max_size
-        .unwrap_or_else(|| limits(layout.root(), ours.saturating_add(parked)));
+        .unwrap_or_else(|| default_max_size(layout.root(), ours.saturating_add(parked)));
     let usage = Usage::new(max_size, &parts.metrics);
     for blob in blobs {
         usage.insert(blob);
@@ -499,7 +377,7 @@ fn open_blocking(settings: &StoreSettings, parts: Parts) -> Result<Store, OpenEr
         clock: parts.clock,
         metrics: parts.metrics,
         tasks: parts.tasks,
-        proving: Mutex::default(),
+        proving: Turns::default(),
     };
     Ok(Store {
         shared: Arc::new(shared),
@@ -511,9 +389,8 @@ fn open_catalog(
     layout: &Layout,
     metrics: &Metrics,
 ) -> Result<(Catalog, Option<String>), OpenError> {
-    let path = layout.catalog_path();
     let why = if layout.writable() {
-        match Catalog::open(&path, Keeping::OnDisk, metrics) {
+        match Catalog::open(layout, Keeping::OnDisk, metrics) {
             Ok(catalog) => return Ok((catalog, None)),
             Err(error) => {
                 metrics.store_faults.inc();
@@ -527,22 +404,10 @@ fn open_catalog(
         )
     };
     warn!(condition = why, "the store is not what it should be");
-    let catalog = Catalog::open(&path, Keeping::InMemory, metrics);
+    let catalog = Catalog::open(layout, Keeping::InMemory, metrics);
     let catalog = catalog.map_err(|source| OpenError::Catalog {
         dir: layout.root().to_owned(),
         source,
     })?;
     Ok((catalog, Some(why)))
-}
-
-/// Whether it is the process that lacks something, and not the file.
-fn is_shortage(error: &io::Error) -> bool {
-    let number = error.raw_os_error();
-    [
-        rustix::io::Errno::MFILE,
-        rustix::io::Errno::NFILE,
-        rustix::io::Errno::NOMEM,
-    ]
-    .iter()
-    .any(|shortage| number == Some(shortage.raw_os_error()))
 }

@@ -139,3 +139,79 @@ fn make_parents(root: &Path, target: &Path) -> io::Result<Vec<PathBuf>> {
 fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
+
+#[cfg(test)]
+mod tests {
+    use oci::{Algorithm, Digest};
+
+    use super::super::spool::hash_file;
+    use super::super::tests::verified;
+    use super::*;
+
+    const STEPS: [Step; 5] = [
+        Step::Restricted,
+        Step::DataSynced,
+        Step::FolderMade,
+        Step::Renamed,
+        Step::FoldersSynced,
+    ];
+
+    #[test]
+    fn a_crash_after_any_step_leaves_all_or_nothing() {
+        for last in STEPS {
+            let temp = tempfile::tempdir().unwrap();
+            let layout = Layout::open(temp.path()).unwrap();
+            let spool = verified(&layout, b"hello");
+            let mut taken = Vec::new();
+            let outcome = publish_steps(&layout, &spool, &mut |step| {
+                taken.push(step);
+                let crash = (step == last).then(|| io::Error::other("crash"));
+                crash.map_or(Ok(()), Err)
+            });
+            assert!(outcome.is_err());
+            assert!(STEPS.starts_with(&taken) && taken.last() == Some(&last));
+            let target = layout.blob_path(spool.digest());
+            let renamed = taken.contains(&Step::Renamed);
+            assert_eq!(
+                (target.exists(), spool.path().exists()),
+                (renamed, !renamed)
+            );
+            if renamed {
+                assert_eq!(fs::read(&target).unwrap(), b"hello");
+            }
+            // A second try, as a recovery makes it, ends well.
+            if !renamed {
+                publish(&layout, &spool).unwrap();
+                assert_eq!(fs::read(&target).unwrap(), b"hello");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_there_is_replaced_and_read_on() {
+        let temp = tempfile::tempdir().unwrap();
+        let layout = Layout::open(temp.path()).unwrap();
+        let target = layout.blob_path(&Digest::of(Algorithm::Sha256, b"hello"));
+        fs::create_dir_all(target.parent().unwrap()).unwrap();
+        fs::write(&target, "rotten").unwrap();
+        let spool = verified(&layout, b"hello");
+        let identity = publish(&layout, &spool).unwrap();
+        assert_eq!(identity, FileIdentity::of(spool.file()).unwrap());
+        assert_eq!(identity.size, 5);
+        assert_eq!(fs::read(&target).unwrap(), b"hello");
+        let whole = oci::Slice { start: 0, end: 5 };
+        let hasher = oci::Hasher::new(Algorithm::Sha256);
+        let found = hash_file(spool.file(), whole, hasher).unwrap();
+        assert_eq!(found.finish(), *spool.digest());
+    }
+
+    #[test]
+    fn a_spool_that_grew_is_not_published() {
+        let temp = tempfile::tempdir().unwrap();
+        let layout = Layout::open(temp.path()).unwrap();
+        let spool = verified(&layout, b"hello");
+        spool.file().set_len(6).unwrap();
+        assert!(publish(&layout, &spool).is_err());
+        assert!(!layout.blob_path(spool.digest()).exists());
+    }
+}

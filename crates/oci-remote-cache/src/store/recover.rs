@@ -241,10 +241,15 @@ fn name_of(path: &Path) -> String {
 
 /// The paths of all that is in `folder`; nothing where it cannot be read.
 fn entries(folder: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(folder) else {
-        return Vec::new();
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) => {
+            if error.kind() != io::ErrorKind::NotFound {
+                warn!(path = %folder.display(), %error, "a folder of the cache cannot be read");
+            }
+            return Vec::new();
+        }
     };
-    entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .collect()
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    paths.collect()
 }

@@ -92,7 +92,13 @@ impl Spool {
     /// Starts a spool for `digest` from `upstream`, from zero. Blocks on the disk.
     pub fn create(layout: &Layout, digest: Digest, upstream: &UpstreamId) -> io::Result<Self> {
         let path = layout.spool_dir().join(name(&digest, upstream));
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)?;
         remove(&list_path(&path)).ok();
         Ok(Self {
             digest,
@@ -107,16 +113,21 @@ impl Spool {
 
     /// Goes on with the pieces that were parked, or left by a crash, for this digest and upstream; `None` when there are none. Each piece
     /// is read and counted only when its checksum is right. Blocks on the disk.
-    #[expect(clippy::disallowed_methods, reason = "a parked spool moves back among the spools; nothing is published here")]
-    pub fn resume(layout: &Layout, digest: Digest, upstream: &UpstreamId) -> io::Result<Option<Self>> {
+    pub fn resume(
+        layout: &Layout,
+        digest: Digest,
+        upstream: &UpstreamId,
+    ) -> io::Result<Option<Self>> {
         let name = name(&digest, upstream);
         let parked = layout.parked_dir().join(&name);
         let Some(PieceList { size, checksums }) = read_list(&list_path(&parked), upstream) else {
             return Ok(None);
         };
         let path = layout.spool_dir().join(&name);
-        fs::rename(&parked, &path)?;
-        fs::rename(list_path(&parked), list_path(&path))?;
+        // Eviction may have taken the parked file in the meantime.
+        if !rename(&parked, &path)? || !rename(&list_path(&parked), &list_path(&path))? {
+            return Ok(None);
+        }
         let file = Arc::new(OpenOptions::new().read(true).write(true).open(&path)?);
         let mut arrived = PieceMap::new();
         for (index, checksum) in checksums {
@@ -155,12 +166,17 @@ impl Spool {
     /// Settles the size; a second, different one is refused. Blobs of more than one piece get their list of checksums here.
     pub fn settle_size(&self, size: u64) -> io::Result<()> {
         if *self.size.get_or_init(|| size) != size {
-            return Err(io::Error::other("the upstream changed its mind about the blob's size"));
+            return Err(io::Error::other(
+                "the upstream changed its mind about the blob's size",
+            ));
         }
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         if size > PIECE && list.is_none() {
-            let mut file =
-                OpenOptions::new().append(true).create(true).mode(0o600).open(list_path(&self.path))?;
+            let mut file = OpenOptions::new()
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .open(list_path(&self.path))?;
             writeln!(file, "{LIST_HEAD} {size} {}", self.upstream)?;
             *list = Some(file);
         }
@@ -174,7 +190,10 @@ impl Spool {
             self.file.write_all_at(part, at)?;
             at += part.len() as u64;
         }
-        let written = Slice { start: offset, end: at };
+        let written = Slice {
+            start: offset,
+            end: at,
+        };
         let whole = self.count(written);
         self.note_pieces(&whole)?;
         Ok(at)
@@ -197,27 +216,44 @@ impl Spool {
 
     /// A span of this file.
     pub fn span(&self, slice: Slice) -> Span {
-        Span { file: Arc::clone(&self.file), offset: slice.start, len: slice.len() }
+        Span {
+            file: Arc::clone(&self.file),
+            offset: slice.start,
+            len: slice.len(),
+        }
     }
 
     /// Forgets what arrived, to fetch everything again.
     pub fn forget(&self) -> io::Result<()> {
         self.map(|arrived| *arrived = PieceMap::new());
-        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let list = self
+            .list
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         drop(list);
         remove(&list_path(&self.path))?;
         self.size().map_or(Ok(()), |size| self.settle_size(size))
     }
 
     /// Whether these bytes are the blob, given the hash that followed them to their end.
-    pub fn verify(&self, hash: PrefixHash) -> Result<Verified, Mismatch> {
+    pub fn verify(&self, hash: PrefixHash) -> Result<Verified, Box<Mismatch>> {
         let size = hash.position;
         let found = hash.hasher.finish();
         let whole = self.size().is_none_or(|settled| settled == size) && self.reach(0) == size;
         if found != self.digest || !whole {
-            return Err(Mismatch { wanted: self.digest, found, size });
+            return Err(Box::new(Mismatch {
+                wanted: self.digest,
+                found,
+                size,
+            }));
         }
-        Ok(Verified { digest: self.digest, size, path: self.path.clone(), file: Arc::clone(&self.file) })
+        Ok(Verified {
+            digest: self.digest,
+            size,
+            path: self.path.clone(),
+            file: Arc::clone(&self.file),
+        })
     }
 
     /// Removes the files; readers that have them open keep reading. Blocks on the disk.
@@ -232,14 +268,13 @@ impl Spool {
     }
 
     /// Moves the files to `parked/`, where a later fill finds its pieces. Without a list of pieces there is nothing worth keeping.
-    #[expect(clippy::disallowed_methods, reason = "parking publishes nothing: the file stays a spool, out of sight of readers")]
     pub fn park(&self, layout: &Layout) -> io::Result<()> {
         let parked = layout.parked_dir().join(self.name());
         if !list_path(&self.path).exists() {
             return self.discard();
         }
-        fs::rename(list_path(&self.path), list_path(&parked))?;
-        fs::rename(&self.path, &parked)
+        rename(&list_path(&self.path), &list_path(&parked))?;
+        rename(&self.path, &parked).map(drop)
     }
 
     fn map<T>(&self, look: impl FnOnce(&mut PieceMap) -> T) -> T {
@@ -251,15 +286,25 @@ impl Spool {
         let size = self.size();
         self.map(|arrived| {
             arrived.insert(written);
-            let Some(size) = size.filter(|&size| size > PIECE) else { return Vec::new() };
-            pieces_of(written).map(|index| (index, piece(index, size))).filter(|&(_, part)| arrived.holds(part)).collect()
+            let Some(size) = size.filter(|&size| size > PIECE) else {
+                return Vec::new();
+            };
+            pieces_of(written)
+                .map(|index| (index, piece(index, size)))
+                .filter(|&(_, part)| arrived.holds(part))
+                .collect()
         })
     }
 
     fn note_pieces(&self, whole: &[(u64, Slice)]) -> io::Result<()> {
         for &(index, part) in whole {
             let line = format!("{index} {:08x}\n", checksum_of(&self.file, part)?);
-            if let Some(list) = self.list.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+            if let Some(list) = self
+                .list
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .as_mut()
+            {
                 list.write_all(line.as_bytes())?;
             }
         }
@@ -270,7 +315,11 @@ impl Spool {
 impl PrefixHash {
     /// Nothing hashed yet.
     pub fn new(digest: &Digest) -> Self {
-        Self { hasher: Hasher::new(digest.algorithm()), position: 0, kept: Vec::new() }
+        Self {
+            hasher: Hasher::new(digest.algorithm()),
+            position: 0,
+            kept: Vec::new(),
+        }
     }
 
     /// How many bytes are hashed.
@@ -294,44 +343,76 @@ impl PrefixHash {
 
     /// The latest kept state at or before `position`.
     pub fn checkpoint(&self, position: u64) -> Option<Checkpoint> {
-        self.kept.iter().rev().find(|kept| kept.position <= position).cloned()
+        self.kept
+            .iter()
+            .rev()
+            .find(|kept| kept.position <= position)
+            .cloned()
     }
 
     fn keep(&mut self) {
         if self.kept.last().map_or(0, |kept| kept.position) + PIECE <= self.position {
-            self.kept.push(Checkpoint { position: self.position, hasher: self.hasher.clone() });
+            self.kept.push(Checkpoint {
+                position: self.position,
+                hasher: self.hasher.clone(),
+            });
         }
     }
 }
 
 impl Verified {
-    /// Writes a body that is in memory to a spool of its own and verifies it: manifests. Blocks on the disk.
-    pub fn write(layout: &Layout, digest: Digest, body: &[u8]) -> io::Result<Result<Self, Mismatch>> {
-        let found = Digest::of(digest.algorithm(), body);
+    /// Writes a body that is in memory to a spool of its own, if it hashes to `digest`: manifests. Blocks on the disk.
+    pub fn write(layout: &Layout, digest: Digest, body: &[u8]) -> io::Result<Option<Self>> {
         let size = body.len() as u64;
-        if found != digest {
-            return Ok(Err(Mismatch { wanted: digest, found, size }));
+        if Digest::of(digest.algorithm(), body) != digest {
+            return Ok(None);
         }
         // Several requests may bring the same manifest at once, so each gets a file of its own.
         let turn = TURN.fetch_add(1, Ordering::Relaxed);
-        let path = layout.spool_dir().join(format!("{}-{}-m{turn}", digest.algorithm().name(), digest.hex()));
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path)?;
+        let path = layout.spool_dir().join(format!(
+            "{}-{}-m{turn}",
+            digest.algorithm().name(),
+            digest.hex()
+        ));
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)?;
         file.write_all(body)?;
-        Ok(Ok(Self { digest, size, path, file: Arc::new(file) }))
+        Ok(Some(Self {
+            digest,
+            size,
+            path,
+            file: Arc::new(file),
+        }))
     }
 
     /// The spool file's name within `spool/`.
     pub fn spool_name(&self) -> String {
-        self.path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+        self.path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default()
     }
 
     /// Takes a spool that a crash left between its verification and its rename: `path` is hashed anew. Blocks on disk and CPU.
     pub fn recover(path: &Path, digest: Digest) -> io::Result<Option<Self>> {
         let file = Arc::new(OpenOptions::new().read(true).write(true).open(path)?);
         let size = file.metadata()?.len();
-        let whole = Slice { start: 0, end: size };
+        let whole = Slice {
+            start: 0,
+            end: size,
+        };
         let found = hash_file(&file, whole, Hasher::new(digest.algorithm()))?.finish();
-        Ok((found == digest).then(|| Self { digest, size, path: path.to_owned(), file }))
+        Ok((found == digest).then(|| Self {
+            digest,
+            size,
+            path: path.to_owned(),
+            file,
+        }))
     }
 
     /// What the bytes hash to.
@@ -372,11 +453,29 @@ pub fn hash_file(file: &File, slice: Slice, mut hasher: Hasher) -> io::Result<Ha
 /// One fill at a time runs for an upstream and digest, so this names its spool for good. Only the key's checksum goes into the name:
 /// the list beside the file holds the key itself.
 fn name(digest: &Digest, upstream: &UpstreamId) -> String {
-    format!("{}-{}-{:08x}", digest.algorithm().name(), digest.hex(), crc32fast::hash(upstream.as_str().as_bytes()))
+    format!(
+        "{}-{}-{:08x}",
+        digest.algorithm().name(),
+        digest.hex(),
+        crc32fast::hash(upstream.as_str().as_bytes())
+    )
 }
 
 fn list_path(spool: &Path) -> PathBuf {
     spool.with_extension(LIST)
+}
+
+/// Renames a file among spools and parked pieces; says whether it was there.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "spools and parked pieces are no blobs: nothing is published here"
+)]
+fn rename(from: &Path, to: &Path) -> io::Result<bool> {
+    match fs::rename(from, to) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 fn remove(path: &Path) -> io::Result<()> {
@@ -403,9 +502,14 @@ fn read_list(path: &Path, upstream: &UpstreamId) -> Option<PieceList> {
     if form != LIST_HEAD || from != upstream.as_str() {
         return None;
     }
-    let checksums = lines.filter(|line| line.ends_with('\n')).filter_map(|line| {
-        let (index, checksum) = line.trim_end().split_once(' ')?;
-        Some((index.parse().ok()?, u32::from_str_radix(checksum, 16).ok()?))
-    });
-    Some(PieceList { size, checksums: checksums.collect() })
+    let checksums = lines
+        .filter(|line| line.ends_with('\n'))
+        .filter_map(|line| {
+            let (index, checksum) = line.trim_end().split_once(' ')?;
+            Some((index.parse().ok()?, u32::from_str_radix(checksum, 16).ok()?))
+        });
+    Some(PieceList {
+        size,
+        checksums: checksums.collect(),
+    })
 }

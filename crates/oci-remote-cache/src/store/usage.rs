@@ -1,35 +1,26 @@
 //! What is stored, in memory: which blobs, how large, when last used, which are open, and how much room all of it takes.
 //!
-//! The index says what can be looked for on the disk, so a hit costs no system call to find. Nothing here touches the disk but
-//! [`limits`], which asks how large it is.
+//! The index says what can be looked for on the disk, so a hit costs no system call to find. Nothing here touches the disk.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use quick_cache::sync::Cache;
-use rustix::process::{Resource, getrlimit};
 use tokio::sync::Notify;
 
 use oci::Digest;
 
 use super::evict::{Candidate, Hold, choose};
-use super::layout::on_tmpfs;
+use super::limit::open_files;
 use super::publish::FileIdentity;
 use crate::clock::Timestamp;
 use crate::metrics::Metrics;
 
-/// Room that a default limit leaves to others on the disk.
-const LEFT_TO_OTHERS: u64 = 2 << 30;
-
 /// A use is written down when the one written last is older than this: the order of eviction needs no more.
 const USE_GRAIN: Duration = Duration::from_mins(1);
-
-/// Blob files kept open at least and at most, whatever the limit of open files is.
-const OPEN_FILES: (u64, u64) = (16, 512);
 
 /// The index of stored blobs and the account of the disk. Clones share it.
 #[derive(Clone, Debug)]
@@ -82,7 +73,7 @@ struct Account {
     reserved: AtomicU64,
     parked: AtomicU64,
     max_size: u64,
-    over: Notify,
+    over: Arc<Notify>,
     metrics: Metrics,
 }
 
@@ -110,11 +101,11 @@ impl Usage {
     pub fn new(max_size: u64, metrics: &Metrics) -> Self {
         let account = Account {
             index: Mutex::default(),
-            open: Cache::new(open_files(getrlimit(Resource::Nofile).current)),
+            open: Cache::new(open_files()),
             reserved: AtomicU64::new(0),
             parked: AtomicU64::new(0),
             max_size,
-            over: Notify::new(),
+            over: Arc::new(Notify::new()),
             metrics: metrics.clone(),
         };
         Self {
@@ -249,6 +240,34 @@ impl Usage {
         removed
     }
 
+    /// Takes a blob out of the index unless its file has become another since `seen` was read.
+    pub(super) fn remove_same(&self, seen: &StoredBlob) -> Option<StoredBlob> {
+        let mut index = self.account.lock();
+        let entry = index.entries.get(&seen.digest)?;
+        if entry.identity != seen.identity {
+            return None;
+        }
+        let removed = index.take(&seen.digest);
+        self.account.open.remove(&seen.digest);
+        self.account.changed(&index);
+        removed
+    }
+
+    /// Takes over that a blob is proven, as the file that it is now, unless it was removed or became another since `seen` was read.
+    pub(super) fn prove(&self, seen: &StoredBlob, identity: FileIdentity) {
+        let mut index = self.account.lock();
+        let entry = index.entries.get(&seen.digest);
+        if entry.is_none_or(|entry| entry.identity != seen.identity) {
+            return;
+        }
+        index.put(StoredBlob {
+            identity,
+            trust: Trust::Proven,
+            ..*seen
+        });
+        self.account.changed(&index);
+    }
+
     /// Takes a blob out of the index unless somebody reads it.
     pub(super) fn remove_unused(&self, digest: &Digest) -> Option<StoredBlob> {
         let mut index = self.account.lock();
@@ -279,9 +298,9 @@ impl Usage {
         self.account.lock().used.drain().collect()
     }
 
-    /// Completes when more is stored than may be.
-    pub(super) async fn passed_limit(&self) {
-        self.account.over.notified().await;
+    /// Rings when more is stored than may be. Holding it keeps nothing else alive.
+    pub(super) fn bell(&self) -> Arc<Notify> {
+        Arc::clone(&self.account.over)
     }
 }
 
@@ -396,59 +415,12 @@ impl Entry {
     }
 }
 
-/// How much may be stored in the folder at `root`, where `ours` bytes are stored already. Blocks on the disk.
-pub(super) fn limits(root: &Path, ours: u64) -> u64 {
-    let free =
-        rustix::fs::statvfs(root).map_or(0, |found| found.f_bavail.saturating_mul(found.f_frsize));
-    let limit = default_limit(free.saturating_add(ours));
-    if on_tmpfs(root) {
-        limit.min(memory() / 4)
-    } else {
-        limit
-    }
-}
-
-/// The default limit on a disk where `available` bytes are free or ours: 80 %, but 2 GiB stay free. Where that is next to nothing, half.
-fn default_limit(available: u64) -> u64 {
-    let share = available / 5 * 4;
-    share
-        .min(available.saturating_sub(LEFT_TO_OTHERS))
-        .max(available / 2)
-}
-
-/// Bytes of memory of this machine, or of this container where it has fewer.
-fn memory() -> u64 {
-    let machine = std::fs::read_to_string("/proc/meminfo")
-        .ok()
-        .and_then(|text| memory_total(&text));
-    let container = std::fs::read_to_string("/sys/fs/cgroup/memory.max")
-        .ok()
-        .and_then(|text| text.trim().parse().ok());
-    let least = machine.into_iter().chain(container).min();
-    least.unwrap_or(0)
-}
-
-fn memory_total(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
-}
-
 /// Bytes to evict where `total` bytes are stored: down to nine tenths of the limit, so that eviction does not run for every blob.
 fn excess(total: u64, max_size: u64) -> u64 {
     if total <= max_size {
         return 0;
     }
     total - (max_size - max_size / 10)
-}
-
-/// How many blob files are kept open, where the process may have `limit` open files.
-fn open_files(limit: Option<u64>) -> usize {
-    let (least, most) = OPEN_FILES;
-    let count = (limit.unwrap_or(u64::MAX) / 8).clamp(least, most);
-    usize::try_from(count).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]
@@ -469,30 +441,6 @@ mod tests {
             last_used: Timestamp(used),
             trust: Trust::Proven,
         }
-    }
-
-    #[test]
-    fn default_limit_leaves_room() {
-        const GIB: u64 = 1 << 30;
-        assert_eq!(default_limit(100 * GIB), 80 * GIB);
-        assert_eq!(default_limit(8 * GIB), 6 * GIB);
-        assert_eq!(default_limit(4 * GIB), 2 * GIB);
-        assert_eq!(default_limit(GIB), GIB / 2);
-        assert_eq!(default_limit(0), 0);
-    }
-
-    #[test]
-    fn memory_is_read_in_kib() {
-        let text = "MemTotal:       16 kB\nMemFree: 1 kB\n";
-        assert_eq!(memory_total(text), Some(16 << 10));
-        assert_eq!(memory_total("MemFree: 1 kB"), None);
-    }
-
-    #[test]
-    fn open_files_follow_the_limit() {
-        assert_eq!(open_files(Some(64)), 16);
-        assert_eq!(open_files(Some(1024)), 128);
-        assert_eq!(open_files(None), 512);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! Nothing here judges what the bytes are.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,12 +21,13 @@ use crate::names::{CredentialId, UpstreamId};
 
 /// Longest wait for the next byte.
 const STALL: Duration = Duration::from_secs(30);
+/// What is left of that for a reader that comes back late: bytes may lie in the socket that nobody asked for meanwhile.
+const GRACE: Duration = Duration::from_secs(2);
 /// Over how much waiting the rate is taken, and the least that must come meanwhile (1 KiB/s).
 const PACE_OVER: Duration = Duration::from_mins(1);
 const PACE_BYTES: u64 = 60 << 10;
 
 /// A usable answer: 200 or 206.
-#[derive(Debug)]
 pub struct Answer {
     head: Head,
     headers: HeaderMap,
@@ -33,13 +35,15 @@ pub struct Answer {
 }
 
 /// The bytes of an answer, as they come.
-#[derive(Debug)]
 pub struct Body {
     response: Response,
     label: Label,
     counter: Counter,
     expected: Option<u64>,
     received: u64,
+    /// Since when the next byte is waited for; kept here because a reader may drop its wait and come back.
+    waiting: Option<Instant>,
+    ended: bool,
     pace: Pace,
 }
 
@@ -81,6 +85,8 @@ impl Answer {
             label,
             expected,
             received: 0,
+            waiting: None,
+            ended: false,
             pace: Pace::default(),
         };
         Self {
@@ -157,17 +163,26 @@ impl Answer {
 }
 
 impl Body {
-    /// The next bytes; nothing after the last. An error means that what came before is not all.
+    /// The next bytes; nothing after the last. An error means that what came before is not all. Dropping the future loses no bytes.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, UpstreamError> {
-        let began = Instant::now();
-        let next = tokio::time::timeout(STALL, self.response.chunk()).await;
+        if self.ended {
+            return Ok(None);
+        }
+        let now = Instant::now();
+        let began = *self.waiting.get_or_insert(now);
+        let limit = (began + STALL).max(now + GRACE);
+        let next = tokio::time::timeout_at(limit, self.response.chunk()).await;
+        self.waiting = None;
         match next {
             Err(_elapsed) => Err(self.error(Fault::Stalled)),
             Ok(Err(error)) => Err(self.error(Fault::Broken(root_cause(&error)))),
             Ok(Ok(None)) if self.expected.is_some_and(|all| self.received < all) => {
                 Err(self.error(Fault::Broken("the body ended early".to_owned())))
             }
-            Ok(Ok(None)) => Ok(None),
+            Ok(Ok(None)) => {
+                self.ended = true;
+                Ok(None)
+            }
             Ok(Ok(Some(chunk))) => {
                 let size = u64::try_from(chunk.len()).unwrap_or(u64::MAX);
                 self.received = self.received.saturating_add(size);
@@ -213,6 +228,28 @@ impl Pace {
         let slow = self.bytes < PACE_BYTES;
         *self = Self::default();
         slow
+    }
+}
+
+// Written by hand: a response's own shows its URL, and that may be a signed one.
+
+impl fmt::Debug for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answer")
+            .field("head", &self.head)
+            .field("body", &self.body)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Body {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Body")
+            .field("upstream", &self.label.upstream)
+            .field("what", &self.label.what)
+            .field("expected", &self.expected)
+            .field("received", &self.received)
+            .finish_non_exhaustive()
     }
 }
 

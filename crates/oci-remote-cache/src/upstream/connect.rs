@@ -20,6 +20,10 @@ use super::guard::{Class, Refusal, Rules};
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const IDLE_LIMIT: Duration = Duration::from_mins(1);
 const KEEPALIVE: Duration = Duration::from_secs(30);
+/// How often a busy HTTP/2 connection is asked whether it lives, and how long it may take to say so: a connection that a middlebox
+/// forgot must not swallow every request until its timeout.
+const H2_PING: Duration = Duration::from_secs(10);
+const H2_PONG: Duration = Duration::from_secs(5);
 /// How long an upstream's class is believed before its host is resolved again.
 const CLASS_FOR: Duration = Duration::from_secs(30);
 const RESOLVE_LIMIT: Duration = Duration::from_secs(5);
@@ -241,6 +245,8 @@ fn plain_builder(rules: &Arc<Rules>) -> ClientBuilder {
         .pool_idle_timeout(IDLE_LIMIT)
         .tcp_keepalive(KEEPALIVE)
         .tcp_nodelay(true)
+        .http2_keep_alive_interval(H2_PING)
+        .http2_keep_alive_timeout(H2_PONG)
         .dns_resolver(GuardedResolver {
             rules: Arc::clone(rules),
         })

@@ -79,73 +79,76 @@ mod tests {
     use crate::names::CredentialId;
     use crate::secret::Secret;
 
+    /// Registry, realm, `token_realms`, and whether the realm sees the credentials.
+    const REALMS: &[(&str, &str, &str, bool)] = &[
+        (
+            "https://registry-1.docker.io",
+            "https://auth.docker.io/token",
+            "",
+            true,
+        ),
+        (
+            "https://a.example.co.uk",
+            "https://b.example.co.uk/",
+            "",
+            true,
+        ),
+        ("https://a.co.uk", "https://b.co.uk/", "", false),
+        ("https://me.github.io", "https://you.github.io/", "", false),
+        ("https://quay.io", "https://quay.io.evil.com/", "", false),
+        ("https://quay.io", "https://evil.com/?quay.io", "", false),
+        ("https://lscr.io", "https://ghcr.io/token", "", false),
+        ("https://lscr.io", "https://ghcr.io/token", "ghcr.io", true),
+        (
+            "https://lscr.io",
+            "https://ghcr.io:8443/token",
+            "ghcr.io:443",
+            false,
+        ),
+        (
+            "https://lscr.io",
+            "https://ghcr.io/token",
+            "ghcr.io:443",
+            true,
+        ),
+        ("https://quay.io", "http://quay.io/v2/auth", "", false),
+        ("https://lscr.io", "http://ghcr.io/token", "ghcr.io", false),
+        (
+            "http://127.0.0.1:5000",
+            "http://127.0.0.1:5001/token",
+            "",
+            true,
+        ),
+        (
+            "http://127.0.0.1:5000",
+            "http://localhost:5001/token",
+            "",
+            false,
+        ),
+        (
+            "http://127.0.0.1:5000",
+            "http://127.0.0.2:5000/token",
+            "",
+            false,
+        ),
+        (
+            "http://localhost:5000",
+            "http://localhost:5001/token",
+            "",
+            true,
+        ),
+        (
+            "http://a.svc.cluster.local",
+            "http://b.svc.cluster.local/",
+            "",
+            false,
+        ),
+        ("https://io", "https://io.io/", "", false),
+    ];
+
     #[test]
     fn only_the_registrys_own_realms_see_credentials() {
-        for (registry, realm, named, trusted) in [
-            (
-                "https://registry-1.docker.io",
-                "https://auth.docker.io/token",
-                "",
-                true,
-            ),
-            (
-                "https://a.example.co.uk",
-                "https://b.example.co.uk/",
-                "",
-                true,
-            ),
-            ("https://a.co.uk", "https://b.co.uk/", "", false),
-            ("https://me.github.io", "https://you.github.io/", "", false),
-            ("https://quay.io", "https://quay.io.evil.com/", "", false),
-            ("https://quay.io", "https://evil.com/?quay.io", "", false),
-            ("https://lscr.io", "https://ghcr.io/token", "", false),
-            ("https://lscr.io", "https://ghcr.io/token", "ghcr.io", true),
-            (
-                "https://lscr.io",
-                "https://ghcr.io:8443/token",
-                "ghcr.io:443",
-                false,
-            ),
-            (
-                "https://lscr.io",
-                "https://ghcr.io/token",
-                "ghcr.io:443",
-                true,
-            ),
-            ("https://quay.io", "http://quay.io/v2/auth", "", false),
-            ("https://lscr.io", "http://ghcr.io/token", "ghcr.io", false),
-            (
-                "http://127.0.0.1:5000",
-                "http://127.0.0.1:5001/token",
-                "",
-                true,
-            ),
-            (
-                "http://127.0.0.1:5000",
-                "http://localhost:5001/token",
-                "",
-                false,
-            ),
-            (
-                "http://127.0.0.1:5000",
-                "http://127.0.0.2:5000/token",
-                "",
-                false,
-            ),
-            (
-                "http://localhost:5000",
-                "http://localhost:5001/token",
-                "",
-                true,
-            ),
-            (
-                "http://a.svc.cluster.local",
-                "http://b.svc.cluster.local/",
-                "",
-                false,
-            ),
-            ("https://io", "https://io.io/", "", false),
-        ] {
+        for &(registry, realm, named, trusted) in REALMS {
             let named: Vec<_> = named
                 .split_whitespace()
                 .map(|n| n.parse().unwrap())

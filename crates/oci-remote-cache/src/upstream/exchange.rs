@@ -36,8 +36,7 @@ pub(super) struct Wire {
     pub(super) clock: Clock,
 }
 
-/// One request, ready to be sent.
-#[derive(Debug)]
+/// One request, ready to be sent. Not `Debug`: its URL may be a signed one.
 pub(super) struct Call {
     pub(super) method: reqwest::Method,
     pub(super) url: Url,
@@ -52,8 +51,7 @@ pub(super) struct Call {
     pub(super) form: Option<Secret>,
 }
 
-/// Response headers, with the body still to come.
-#[derive(Debug)]
+/// Response headers, with the body still to come. Not `Debug`, for its URL's sake.
 pub(super) struct Reply {
     pub(super) url: Url,
     pub(super) response: Response,

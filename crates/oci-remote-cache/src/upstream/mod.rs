@@ -135,13 +135,12 @@ impl Upstream {
 
     /// Asks, and tries again where that may help, until there is an answer, a verdict, or no time left.
     pub async fn send(&self, ask: &Ask, deadline: Deadline) -> Result<Answer, UpstreamError> {
-        let what = ask.describe();
         let fail = |failure| UpstreamError::new(self.id.clone(), ask.describe(), failure);
         let Some(place) = self.places.get(ask.mirror) else {
             let none = Fault::Connect(format!("there is no mirror {}", ask.mirror));
             return Err(fail(none.into()));
         };
-        let label = self.label(&what);
+        let label = self.label(ask);
         let mut tries = Tries::new();
         let mut last: Option<Failure> = None;
         loop {
@@ -164,14 +163,14 @@ impl Upstream {
         }
     }
 
-    fn label(&self, what: &str) -> Label {
+    fn label(&self, ask: &Ask) -> Label {
         let upstream = UpstreamLabel {
             upstream: self.id.as_str().to_owned(),
         };
         let counter = self.metrics.upstream_bytes.get_or_create(&upstream).clone();
         Label {
             upstream: self.id.clone(),
-            what: what.into(),
+            what: ask.describe().into(),
             counter,
         }
     }
@@ -213,3 +212,6 @@ fn open(
         breaker: Breaker::default(),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,7 +21,6 @@ pub(super) struct Origin {
 }
 
 /// The way of one request so far.
-#[derive(Debug)]
 pub(super) struct Trail {
     start: Origin,
     seen: HashSet<String>,

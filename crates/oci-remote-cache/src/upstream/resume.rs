@@ -63,7 +63,11 @@ impl BlobAsk {
     }
 
     /// Opens the blob: all of it by a plain GET, or `range` of it. The size is known from here on, unless the upstream does not tell.
-    pub async fn open(self, range: Option<Slice>, deadline: Deadline) -> Result<BlobStream, UpstreamError> {
+    pub async fn open(
+        self,
+        range: Option<Slice>,
+        deadline: Deadline,
+    ) -> Result<BlobStream, UpstreamError> {
         let places = self.upstream.places();
         let mut place = 0;
         let answer = loop {
@@ -221,7 +225,10 @@ impl BlobStream {
             sleep_until(moment).await;
             self.not_before = None;
         }
-        let range = self.end.map(|end| Slice { start: self.position, end });
+        let range = self.end.map(|end| Slice {
+            start: self.position,
+            end,
+        });
         let ask = self.ask.ask(range, self.place);
         let answer = self.ask.upstream.send(&ask, Deadline::for_answer()).await?;
         self.accept(answer)
@@ -259,7 +266,10 @@ impl BlobStream {
         self.body = None;
         self.failures += 1;
         let places = self.ask.upstream.places();
-        let refused = matches!(error.fault(), Fault::Denied { .. } | Fault::NotFound { .. } | Fault::RangeRefused);
+        let refused = matches!(
+            error.fault(),
+            Fault::Denied { .. } | Fault::NotFound { .. } | Fault::RangeRefused
+        );
         if self.failures > TRIES || (refused && places == 1) {
             return Err(error);
         }
@@ -270,14 +280,20 @@ impl BlobStream {
     }
 
     fn broken(&self, what: &str) -> UpstreamError {
-        self.ask.upstream.broken(&self.ask.ask(None, self.place), what)
+        self.ask
+            .upstream
+            .broken(&self.ask.ask(None, self.place), what)
     }
 }
 
 impl Upstream {
     /// The error for an answer that is none.
     pub fn broken(&self, ask: &Ask, what: &str) -> UpstreamError {
-        UpstreamError::new(self.id.clone(), ask.describe(), Fault::Broken(what.to_owned()).into())
+        UpstreamError::new(
+            self.id.clone(),
+            ask.describe(),
+            Fault::Broken(what.to_owned()).into(),
+        )
     }
 }
 
@@ -293,7 +309,9 @@ fn pause(failures: u32, retry_after: Option<Duration>) -> Duration {
         0 | 1 => Duration::ZERO,
         more => Duration::from_millis(100 << more.min(8)),
     };
-    doubling.max(retry_after.unwrap_or_default()).min(LONGEST_PAUSE)
+    doubling
+        .max(retry_after.unwrap_or_default())
+        .min(LONGEST_PAUSE)
 }
 
 #[cfg(test)]
@@ -304,7 +322,10 @@ mod tests {
     fn the_first_try_does_not_wait() {
         assert_eq!(pause(1, None), Duration::ZERO);
         assert!(pause(2, None) > pause(1, None));
-        assert_eq!(pause(1, Some(Duration::from_secs(2))), Duration::from_secs(2));
-        assert_eq!(pause(5, Some(Duration::from_secs(900))), LONGEST_PAUSE);
+        assert_eq!(
+            pause(1, Some(Duration::from_secs(2))),
+            Duration::from_secs(2)
+        );
+        assert_eq!(pause(5, Some(Duration::from_mins(15))), LONGEST_PAUSE);
     }
 }

@@ -33,6 +33,8 @@ const FETCH_LIMIT: Duration = Duration::from_secs(15);
 const BODY_LIMIT: usize = 1 << 20;
 /// From how many keys on dead entries are swept.
 const SWEEP_FROM: usize = 1024;
+/// How many keys are held at most.
+const MOST: usize = 8192;
 const CLIENT_ID: &str = "oci-remote-cache";
 
 /// A token and whose rights it carries.
@@ -153,6 +155,10 @@ impl Tokens {
         }
         if slots.len() >= SWEEP_FROM {
             slots.retain(|_key, slot| slot.is_of_use(now));
+        }
+        if slots.len() >= MOST {
+            // Somebody asks for thousands of repositories: rather fetch again than grow.
+            slots.retain(|_key, slot| matches!(slot, Slot::Fetching(..)));
         }
         let serial = self.serials.fetch_add(1, Ordering::Relaxed);
         let (wire, door) = (wire.clone(), door.clone());
@@ -441,7 +447,10 @@ mod tests {
             ("<html>", Err(())),
         ] {
             let read = parse(body.as_bytes());
-            let read = read.as_ref().map(|(text, _)| text.expose()).map_err(|_| ());
+            let read = read
+                .as_ref()
+                .map(|(text, _)| text.expose())
+                .map_err(|_why| ());
             assert_eq!(read, token, "{body}");
         }
     }

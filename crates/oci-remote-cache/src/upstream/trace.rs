@@ -52,14 +52,20 @@ fn masked(name: &HeaderName, value: &HeaderValue) -> String {
             (Err(_), None) => text.into_owned(),
         };
     }
-    // Challenges and links quote URLs, whose queries may hold anything.
-    match text.split_once('?') {
-        Some((before, after)) if text.contains("://") || text.contains("</") => {
-            let rest = after.find(['"', '>', ' ']).and_then(|end| after.get(end..));
-            format!("{before}?***{}", rest.unwrap_or_default())
+    mask_queries(&text)
+}
+
+/// Masks what stands behind each `?`, up to where the quoted or bracketed URL ends: challenges and links hold URLs.
+fn mask_queries(text: &str) -> String {
+    let mut parts = text.split('?');
+    let mut shown = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        shown.push_str("?***");
+        if let Some(end) = part.find(['"', '>', ' ', ',']) {
+            shown.push_str(part.get(end..).unwrap_or_default());
         }
-        _ => text.into_owned(),
     }
+    shown
 }
 
 #[cfg(test)]
@@ -87,7 +93,10 @@ mod tests {
             ("set-cookie", "id=s3cret"),
             ("location", "https://cdn.example/x?sig=s3cret"),
             ("location", "/x?sig=s3cret"),
-            ("link", "</v2/a/tags/list?last=s3cret>; rel=\"next\""),
+            (
+                "link",
+                "</a?last=s3cret>; rel=\"next\", </b?last=s3cret>; rel=\"prev\"",
+            ),
             (
                 "www-authenticate",
                 "Bearer realm=\"https://r/token?k=s3cret\",service=\"s\"",

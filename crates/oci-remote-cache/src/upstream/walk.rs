@@ -35,7 +35,6 @@ enum Asked {
 }
 
 /// The end of a way through redirects.
-#[derive(Debug)]
 struct Arrived {
     reply: Reply,
     speaker: Speaker,

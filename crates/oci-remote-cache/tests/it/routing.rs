@@ -259,7 +259,7 @@ async fn a_host_is_never_a_name_of_the_default_upstream() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_doubled_prefix_is_explained() {
     let (registry, cache, _image) = up_with_image().await;
-    for path in ["/v2/v2/lib/app/manifests/v1", "/v2/up/v2/lib/app/manifests/v1", "/v2/v2/up/lib/app/manifests/v1"] {
+    for path in ["/v2/v2/lib/app/manifests/v1", "/v2/v2/up/lib/app/manifests/v1", "/v2/v2/", "/v2/v2/up/lib/app/tags/list"] {
         let answer = cache.get(path).await;
         assert_refused(&answer, &[404]);
         assert!(answer.text().contains("override_path"), "{path}: {}", answer.text());

@@ -71,8 +71,16 @@ impl Fetch {
         (fills, spool): (&Fills, &Arc<Spool>),
     ) -> Self {
         let position = stream.position();
-        let measured = Mutex::new(Measured { at: Instant::now(), position, rate: 0 });
-        let range = Arc::new(Range { position: position.into(), end: end.into(), measured });
+        let measured = Mutex::new(Measured {
+            at: Instant::now(),
+            position,
+            rate: 0,
+        });
+        let range = Arc::new(Range {
+            position: position.into(),
+            end: end.into(),
+            measured,
+        });
         let worker = Worker {
             stream,
             range: Arc::clone(&range),
@@ -81,13 +89,25 @@ impl Fetch {
             tasks: fills.tasks.clone(),
             _place: place,
         };
-        Self { work: Box::pin(worker.run()), range }
+        Self {
+            work: Box::pin(worker.run()),
+            range,
+        }
     }
 
     pub(super) fn active(&self) -> Active {
-        let rate = self.range.measured.lock().unwrap_or_else(PoisonError::into_inner).rate;
+        let rate = self
+            .range
+            .measured
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .rate;
         let end = self.range.end.load(Ordering::Relaxed);
-        Active { position: self.range.position.load(Ordering::Relaxed).min(end), end, rate }
+        Active {
+            position: self.range.position.load(Ordering::Relaxed).min(end),
+            end,
+            rate,
+        }
     }
 
     /// Lets the fetch end at `end`; another one takes the rest.
@@ -98,11 +118,22 @@ impl Fetch {
     /// Notes the rate since the last look.
     pub(super) fn measure(&self, now: Instant) {
         let position = self.range.position.load(Ordering::Relaxed);
-        let mut measured = self.range.measured.lock().unwrap_or_else(PoisonError::into_inner);
-        let millis = u64::try_from(now.saturating_duration_since(measured.at).as_millis()).unwrap_or(u64::MAX);
-        if millis > 0 {
-            let rate = position.saturating_sub(measured.position).saturating_mul(1000) / millis;
-            *measured = Measured { at: now, position, rate };
+        let mut measured = self
+            .range
+            .measured
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let millis = u64::try_from(now.saturating_duration_since(measured.at).as_millis())
+            .unwrap_or(u64::MAX);
+        let came = position
+            .saturating_sub(measured.position)
+            .saturating_mul(1000);
+        if let Some(rate) = came.checked_div(millis) {
+            *measured = Measured {
+                at: now,
+                position,
+                rate,
+            };
         }
     }
 }
@@ -124,14 +155,21 @@ impl Worker {
             let offset = self.stream.position();
             let batch = match self.batch().await {
                 Ok(batch) => batch,
-                Err(error) => return Self::after(writing).await.map_or_else(Ended::Disk, |()| Ended::Refused(error)),
+                Err(error) => {
+                    return Self::after(writing)
+                        .await
+                        .map_or_else(Ended::Disk, |()| Ended::Refused(error));
+                }
             };
             if let Err(error) = Self::after(writing.take()).await {
                 return Ended::Disk(error);
             }
             if batch.is_empty() {
                 let last = self.stream.total() == Some(offset);
-                return Ended::Complete { position: offset, last };
+                return Ended::Complete {
+                    position: offset,
+                    last,
+                };
             }
             writing = Some(self.write(offset, batch));
         }
@@ -139,7 +177,11 @@ impl Worker {
 
     /// Writes on the blocking pool and tells the readers from there, so that they do not wait for the next batch.
     fn write(&self, offset: u64, batch: Vec<Bytes>) -> JoinHandle<std::io::Result<()>> {
-        let (spool, range, fill) = (Arc::clone(&self.spool), Arc::clone(&self.range), Arc::clone(&self.fill));
+        let (spool, range, fill) = (
+            Arc::clone(&self.spool),
+            Arc::clone(&self.range),
+            Arc::clone(&self.fill),
+        );
         self.tasks.spawn_blocking(move || {
             let position = spool.write(offset, &batch)?;
             range.position.store(position, Ordering::Relaxed);
@@ -151,11 +193,15 @@ impl Worker {
 
     /// What has arrived, at least one part unless the range is complete.
     async fn batch(&mut self) -> Result<Vec<Bytes>, UpstreamError> {
-        let Some(first) = self.stream.next().await? else { return Ok(Vec::new()) };
+        let Some(first) = self.stream.next().await? else {
+            return Ok(Vec::new());
+        };
         let mut size = first.len();
         let mut batch = vec![first];
         while size < BATCH {
-            let Some(more) = self.stream.ready() else { break };
+            let Some(more) = self.stream.ready() else {
+                break;
+            };
             size += more.len();
             batch.push(more);
         }

@@ -26,7 +26,14 @@ pub(super) struct Pace {
 
 impl Pace {
     pub(super) fn new(now: Instant) -> Self {
-        Self { share: 1, growing: true, window: now, bytes: 0, before: 0, tick: now }
+        Self {
+            share: 1,
+            growing: true,
+            window: now,
+            bytes: 0,
+            before: 0,
+            tick: now,
+        }
     }
 
     /// Connections to use.
@@ -56,7 +63,10 @@ impl Pace {
             return;
         }
         let came = arrived.saturating_sub(self.bytes);
-        let rate = came * 1000 / u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX).max(1);
+        let rate = came * 1000
+            / u64::try_from(elapsed.as_millis())
+                .unwrap_or(u64::MAX)
+                .max(1);
         self.window = now;
         self.bytes = arrived;
         if rate == 0 || !self.growing || missing / rate < SOON {
@@ -99,7 +109,10 @@ mod tests {
 
     #[test]
     fn grows_while_it_helps() {
-        assert_eq!(shares(5, 1000 * MIB, |n| 20 * MIB * n as u64), [1, 2, 4, 8, 16]);
+        assert_eq!(
+            shares(5, 1000 * MIB, |n| 20 * MIB * n as u64),
+            [1, 2, 4, 8, 16]
+        );
     }
 
     #[test]

@@ -50,9 +50,6 @@ pub(super) fn refusal(request: &Parts) -> Option<Problem> {
     if hosts > 1 || (hosts == 0 && request.version == Version::HTTP_11) {
         return Some(malformed("a request has exactly one Host header"));
     }
-    if headers.get_all(CONTENT_LENGTH).iter().count() > 1 {
-        return Some(malformed("a request has one Content-Length at most"));
-    }
     let reads = request.method == Method::GET || request.method == Method::HEAD;
     (reads && announces_body(headers)).then(|| malformed("GET and HEAD have no body here"))
 }

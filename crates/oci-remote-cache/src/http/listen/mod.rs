@@ -251,3 +251,6 @@ impl Seldom {
         true
     }
 }
+
+#[cfg(test)]
+pub(in crate::http) mod tests;

@@ -7,6 +7,10 @@
 //! The zeros would go out as content on any transport that copies or encrypts what hyper hands it. Therefore [`PlainBody`] and
 //! [`PlainIo`] are made in [`serve`] alone, always as a pair, and hyper is told there to write vectored. For every other transport there
 //! is `body::ReadBody`.
+//!
+//! ```compile_fail
+//! use oci_remote_cache::http::sendfile::PlainBody;
+//! ```
 
 mod wire;
 
@@ -16,7 +20,7 @@ use std::future::Future;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -72,7 +76,7 @@ where
     let service = service_fn(|request| {
         let line = Arc::clone(&line);
         let answer = answer(request);
-        async move { Ok::<_, Infallible>(answer.await.map(|body| PlainBody { body, line })) }
+        async move { Ok::<_, Infallible>(answer.await.map(|body| PlainBody::new(body, line))) }
     });
     let mut connection = pin!(http(patience).serve_connection(io, service));
     tokio::select! {
@@ -90,6 +94,7 @@ fn http(patience: Patience) -> http1::Builder {
         .timer(TokioTimer::new())
         .header_read_timeout(patience.head)
         .max_headers(HEADERS)
+        .max_header_size(HEAD)
         .max_buf_size(HEAD)
         .half_close(false);
     http
@@ -104,6 +109,10 @@ struct Line {
 #[derive(Debug, Default)]
 struct LineState {
     queue: VecDeque<Queued>,
+    /// hyper has been given something that it has not written yet.
+    unflushed: bool,
+    /// Whom to wake when it has.
+    cutting: Option<Waker>,
     /// The body broke, and only a reset can tell the client so: without a length, closing would look like its end.
     reset: bool,
 }
@@ -120,6 +129,7 @@ struct Queued {
 struct PlainBody {
     body: Body,
     line: Arc<Line>,
+    broken: Option<BodyBroken>,
 }
 
 /// A piece of a body towards hyper.
@@ -174,6 +184,15 @@ impl Line {
         drop(done);
     }
 
+    /// hyper has written all it was given.
+    fn flushed(&self) {
+        let mut state = self.state();
+        state.unflushed = false;
+        if let Some(cutting) = state.cutting.take() {
+            cutting.wake();
+        }
+    }
+
     /// The front span's file cannot be read as promised.
     fn broke(&self, error: &io::Error) {
         let state = self.state();
@@ -196,19 +215,18 @@ impl http_body::Body for PlainBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Chunk>, BodyBroken>>> {
-        let part = match ready!(self.body.poll_part(cx, FRAME as u64)) {
-            Some(Ok(part)) => part,
-            Some(Err(broken)) => {
-                self.line.state().reset = self.body.length().is_none();
-                return Poll::Ready(Some(Err(broken)));
-            }
-            None => return Poll::Ready(None),
-        };
-        Poll::Ready(Some(Ok(Frame::data(self.chunk(part)))))
+        if let Some(broken) = self.broken.take() {
+            return self.poll_cut(cx, broken);
+        }
+        match ready!(self.body.poll_part(cx, FRAME as u64)) {
+            Some(Ok(part)) => Poll::Ready(Some(Ok(Frame::data(self.chunk(part))))),
+            Some(Err(broken)) => self.poll_cut(cx, broken),
+            None => Poll::Ready(None),
+        }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_finished()
+        self.broken.is_none() && self.body.is_finished()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -217,7 +235,33 @@ impl http_body::Body for PlainBody {
 }
 
 impl PlainBody {
+    fn new(body: Body, line: Arc<Line>) -> Self {
+        line.state().unflushed = true;
+        Self {
+            body,
+            line,
+            broken: None,
+        }
+    }
+
+    /// Fails, but not before what came so far is written: the client may go on from there, and hyper drops what it holds.
+    fn poll_cut<T>(
+        &mut self,
+        cx: &Context<'_>,
+        broken: BodyBroken,
+    ) -> Poll<Option<Result<T, BodyBroken>>> {
+        let mut state = self.line.state();
+        if state.unflushed {
+            state.cutting = Some(cx.waker().clone());
+            self.broken = Some(broken);
+            return Poll::Pending;
+        }
+        state.reset = self.body.length().is_none();
+        Poll::Ready(Some(Err(broken)))
+    }
+
     fn chunk(&self, part: Part) -> Chunk {
+        self.line.state().unflushed = true;
         match part {
             Part::Memory(bytes) => {
                 if let Some(access) = self.body.access() {
@@ -262,3 +306,6 @@ impl Buf for Chunk {
 fn is_zeros(piece: &[u8]) -> bool {
     ZEROS.as_ptr_range().contains(&piece.as_ptr())
 }
+
+#[cfg(test)]
+mod tests;

@@ -154,7 +154,9 @@ impl Write for PlainIo {
         true
     }
 
+    /// hyper asks for it when it has nothing more to write.
     fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.line.flushed();
         Poll::Ready(Ok(()))
     }
 

@@ -96,9 +96,13 @@ impl Catalog {
 
     /// Whether anything is written down about a repository.
     pub fn knows(&self, source: &Source) -> Result<bool, StoreError> {
-        let select = "SELECT EXISTS (SELECT 1 FROM sources WHERE upstream = ?1 AND repository = ?2)";
+        let select =
+            "SELECT EXISTS (SELECT 1 FROM sources WHERE upstream = ?1 AND repository = ?2)";
         let values = [source.upstream.as_str(), source.repository.as_str()];
-        self.read(|db| db.prepare_cached(select)?.query_row(values, |row| row.get(0)))
+        self.read(|db| {
+            db.prepare_cached(select)?
+                .query_row(values, |row| row.get(0))
+        })
     }
 
     /// What is known of a manifest.

@@ -1,6 +1,7 @@
 //! The one thread that writes the catalog: what is queued while a commit runs goes into the next one together.
 
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 
@@ -36,30 +37,18 @@ pub(super) struct Job {
 /// The memberships that a commit set, as they are now.
 type Rights = Vec<((Source, Digest, Kind), CredentialId)>;
 
+/// What the thread works with.
 pub(super) struct Writer {
-    path: PathBuf,
-    connection: Connection,
-    remembered: Arc<Remembered>,
-    metrics: Metrics,
-    since_checkpoint: usize,
+    pub(super) path: PathBuf,
+    pub(super) connection: Connection,
+    pub(super) remembered: Arc<Remembered>,
+    pub(super) metrics: Metrics,
+    pub(super) since_checkpoint: usize,
+    /// The folder's lock, kept until the last commit: nobody else opens the folder before. Dropped last.
+    pub(super) lock: Option<Arc<File>>,
 }
 
 impl Writer {
-    pub(super) fn new(
-        path: &Path,
-        connection: Connection,
-        remembered: Arc<Remembered>,
-        metrics: &Metrics,
-    ) -> Self {
-        Self {
-            path: path.to_owned(),
-            connection,
-            remembered,
-            metrics: metrics.clone(),
-            since_checkpoint: 0,
-        }
-    }
-
     /// Starts the thread. It ends when all who could queue a job are gone and what they queued is committed.
     pub(super) fn start(self, jobs: mpsc::Receiver<Job>) -> Result<(), StoreError> {
         let path = self.path.clone();
@@ -85,6 +74,8 @@ impl Writer {
             }
         }
         self.checkpoint("TRUNCATE");
+        drop(self.connection);
+        drop(self.lock);
     }
 
     /// Commits the jobs together; if that fails, each by itself, so that nobody fails for another's sake.

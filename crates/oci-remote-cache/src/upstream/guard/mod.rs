@@ -55,6 +55,9 @@ pub(super) struct Rules {
     pub(super) is_local: fn(IpAddr) -> bool,
 }
 
+/// How much of a refused place is shown.
+const LONGEST_PLACE: usize = 100;
+
 /// Addresses at which clouds hand credentials to whoever asks.
 const METADATA: [IpAddr; 4] = [
     IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
@@ -140,10 +143,9 @@ impl Range {
 
 impl Refusal {
     fn new(place: &impl fmt::Display, why: &'static str) -> Self {
-        Self {
-            place: place.to_string(),
-            why,
-        }
+        // A place may be spelled by whoever we are guarded against: no endless texts in the log.
+        let place = place.to_string().chars().take(LONGEST_PLACE).collect();
+        Self { place, why }
     }
 }
 

@@ -1,0 +1,142 @@
+//! The beginning of a fill: what is left from before, the upstream's answer, the spool.
+
+use std::sync::Arc;
+
+use oci::{RangeHeader, RangeSpec, Resolved, Slice};
+
+use super::transfer::{Known, Transfer};
+use crate::deadline::Deadline;
+use crate::fill::plan::SMALL;
+use crate::fill::{Alone, Fill, FillError, Fills, Phase};
+use crate::store::spool::Spool;
+use crate::store::usage::Reservation;
+use crate::verdict::Why;
+
+/// How a fill begins.
+pub(super) enum Opened {
+    Transfer(Box<Transfer>),
+    Alone(Box<Alone>),
+}
+
+/// Asks the upstream, and makes the spool once it has answered.
+pub(super) async fn open(
+    fill: &Arc<Fill>,
+    fills: &Fills,
+    size_hint: Option<u64>,
+) -> Result<Opened, FillError> {
+    let deadline = Deadline::for_answer();
+    let kept = resume_kept(fill, fills).await;
+    let range = first_range(fill, kept.as_deref(), size_hint);
+    let Ok(Some(place)) = deadline.run(fills.place(&fill.key.upstream)).await else {
+        return Err(FillError::Stopping);
+    };
+    let stream = fill.ask.clone().open(range, deadline).await?;
+    fill.set(|progress| progress.credential = Some(stream.credential().clone()));
+    let size = stream.total();
+    let alone = |why, stream, place| {
+        fill.set(|progress| progress.size = size);
+        Ok(Opened::Alone(Box::new(Alone::from_start(
+            why, stream, place,
+        ))))
+    };
+    if size.is_some_and(|size| size > fills.store.max_blob()) {
+        return alone(Why::TooLarge, stream, place);
+    }
+    let resumed = kept.is_some();
+    let Some((spool, reservation)) = make_spool(fill, fills, kept, size).await else {
+        return alone(Why::Disk, stream, place);
+    };
+    fill.set(|progress| {
+        progress.size = size;
+        progress.spool = Some(Arc::clone(&spool));
+        progress.phase = Phase::Filling;
+    });
+    let validator = stream.validator().map(str::to_owned);
+    let known = Known {
+        size,
+        validator,
+        resumed,
+    };
+    let mut transfer = Transfer::new(fill, fills, (spool, reservation), known);
+    transfer.begin(stream, place);
+    Ok(Opened::Transfer(Box::new(transfer)))
+}
+
+async fn resume_kept(fill: &Arc<Fill>, fills: &Fills) -> Option<Arc<Spool>> {
+    let store = fills.store.clone();
+    if !store.writable() {
+        return None;
+    }
+    let key = fill.key.clone();
+    let kept = fills
+        .tasks
+        .spawn_blocking(move || Spool::resume(store.layout(), key.digest, &key.upstream))
+        .await;
+    match kept {
+        Ok(Ok(kept)) => kept.map(Arc::new),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "pieces kept from an earlier transfer cannot be used");
+            None
+        }
+        Err(_) => None,
+    }
+}
+
+/// The range to open with; `None` is a plain GET of everything, which also tells the size.
+fn first_range(fill: &Fill, kept: Option<&Spool>, size_hint: Option<u64>) -> Option<Slice> {
+    if let Some(size) = kept.and_then(Spool::size) {
+        let all = Slice {
+            start: 0,
+            end: size,
+        };
+        // Even when nothing is missing the upstream is asked, for its answer is what proves that this repository holds the blob.
+        let last = Slice {
+            start: size.saturating_sub(1),
+            end: size,
+        };
+        return kept
+            .and_then(|spool| spool.gaps(all).first().copied())
+            .or(Some(last));
+    }
+    let size = size_hint.filter(|&size| size > SMALL)?;
+    slice_of(fill.first_part()?, size)
+}
+
+fn slice_of(spec: RangeSpec, size: u64) -> Option<Slice> {
+    match RangeHeader::single(spec).resolve(size) {
+        Resolved::Single(slice) => Some(slice),
+        Resolved::Multiple(_) | Resolved::Unsatisfiable => None,
+    }
+}
+
+/// The spool with room reserved for it; `None` when the disk does not take it.
+async fn make_spool(
+    fill: &Arc<Fill>,
+    fills: &Fills,
+    kept: Option<Arc<Spool>>,
+    size: Option<u64>,
+) -> Option<(Arc<Spool>, Reservation)> {
+    let store = fills.store.clone();
+    if !store.writable() {
+        return None;
+    }
+    let reservation = store.usage().reserve(size.unwrap_or(0));
+    let key = fill.key.clone();
+    let made = fills.tasks.spawn_blocking(move || {
+        let fits = |spool: &Arc<Spool>| size.is_none() || spool.size() == size;
+        let spool = match kept.filter(fits) {
+            Some(spool) => spool,
+            None => Arc::new(Spool::create(store.layout(), key.digest, &key.upstream)?),
+        };
+        size.map_or(Ok(()), |size| spool.settle_size(size))?;
+        Ok::<_, std::io::Error>(spool)
+    });
+    match made.await.ok()? {
+        Ok(spool) => Some((spool, reservation)),
+        Err(error) => {
+            fills.metrics.store_faults.inc();
+            tracing::warn!(%error, "no spool can be made; the blob passes through uncached");
+            None
+        }
+    }
+}

@@ -1,0 +1,373 @@
+//! The middle of a fill: fetches, the hash behind them, and what happens when something breaks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
+use oci::Slice;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
+
+use super::fetch::{Ended, Fetch};
+use super::pace::Pace;
+use super::{Outcome, on_disk};
+use crate::fill::plan::{self, Appetite, SMALL, Step, View};
+use crate::fill::{Alone, Fill, FillError, Fills};
+use crate::store::spool::{PrefixHash, Spool};
+use crate::store::usage::Reservation;
+use crate::upstream::UpstreamError;
+use crate::upstream::resume::BlobStream;
+
+/// How long a fill that nobody reads goes on when it is neither small nor half in.
+const ABANDONED: Duration = Duration::from_secs(30);
+
+/// How often the rate is looked at.
+const TICK: Duration = Duration::from_millis(250);
+
+/// A transfer under way.
+pub(super) struct Transfer {
+    fill: Arc<Fill>,
+    fills: Fills,
+    hash: Hashing,
+    spool: Arc<Spool>,
+    reservation: Option<Reservation>,
+    size: Option<u64>,
+    validator: Option<String>,
+    /// Pieces of an earlier transfer are among the bytes.
+    resumed: bool,
+    fetches: FuturesUnordered<Fetch>,
+    pace: Pace,
+    disk_fault: DiskFault,
+}
+
+/// What is known of the blob when its transfer begins.
+pub(super) struct Known {
+    pub(super) size: Option<u64>,
+    pub(super) validator: Option<String>,
+    /// Pieces of an earlier transfer are among the bytes.
+    pub(super) resumed: bool,
+}
+
+/// Whether the disk has refused before: room is made for a spool once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum DiskFault {
+    None,
+    RoomMade,
+}
+
+/// The hash, here or away on the blocking pool.
+enum Hashing {
+    Idle(Box<PrefixHash>),
+    Away(JoinHandle<(Box<PrefixHash>, std::io::Result<()>)>),
+    Lost,
+}
+
+/// What the transfer waits for.
+enum Event {
+    Fetched(Ended),
+    Hashed(Result<(Box<PrefixHash>, std::io::Result<()>), tokio::task::JoinError>),
+    Woken,
+    Tick,
+    Stopping,
+}
+
+/// What goes on after an event.
+enum Flow {
+    On,
+    End(Outcome),
+}
+
+impl Transfer {
+    pub(super) fn new(
+        fill: &Arc<Fill>,
+        fills: &Fills,
+        (spool, reservation): (Arc<Spool>, Reservation),
+        known: Known,
+    ) -> Self {
+        Self {
+            fill: Arc::clone(fill),
+            fills: fills.clone(),
+            hash: Hashing::Idle(Box::new(PrefixHash::new(&fill.key.digest))),
+            spool,
+            reservation: Some(reservation),
+            size: known.size,
+            validator: known.validator,
+            resumed: known.resumed,
+            fetches: FuturesUnordered::new(),
+            pace: Pace::new(Instant::now()),
+            disk_fault: DiskFault::None,
+        }
+    }
+
+    /// Reads on from the opening answer, unless only closed ranges of a large blob are wanted: those are fetched by themselves.
+    pub(super) fn begin(&mut self, stream: BlobStream, place: OwnedSemaphorePermit) {
+        let lazy = self
+            .size
+            .is_some_and(|size| self.appetite(size) == Appetite::Asked);
+        let unasked = lazy && self.fill.first_part().is_some() && stream.position() == 0;
+        let end = self
+            .size
+            .unwrap_or(u64::MAX)
+            .min(stream.end().unwrap_or(u64::MAX));
+        if !unasked && self.spool.reach(stream.position()) < end {
+            self.fetches.push(Fetch::new(
+                stream,
+                end,
+                place,
+                &self.fill,
+                (&self.fills, &self.spool),
+            ));
+        }
+    }
+
+    pub(super) async fn drive(mut self: Box<Self>) -> Outcome {
+        loop {
+            self.launch();
+            self.hash_on();
+            if let Some(outcome) = self.finished() {
+                return outcome;
+            }
+            let event = self.event().await;
+            match self.handle(event).await {
+                Flow::On => {}
+                Flow::End(outcome) => return outcome,
+            }
+        }
+    }
+
+    async fn event(&mut self) -> Event {
+        let fill = Arc::clone(&self.fill);
+        let tasks = self.fills.tasks.clone();
+        let tick = self.pace.next_tick(TICK);
+        let hashing = async {
+            match &mut self.hash {
+                Hashing::Away(job) => job.await,
+                Hashing::Idle(_) | Hashing::Lost => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            Some(ended) = self.fetches.next() => Event::Fetched(ended),
+            hashed = hashing => Event::Hashed(hashed),
+            () = fill.wake.notified() => Event::Woken,
+            () = sleep_until(tick) => Event::Tick,
+            () = tasks.stopping(), if !fill.has_readers() => Event::Stopping,
+        }
+    }
+
+    async fn handle(&mut self, event: Event) -> Flow {
+        match event {
+            Event::Woken => self.when_abandoned(),
+            Event::Fetched(ended) => Box::pin(self.fetched(ended)).await,
+            Event::Hashed(Ok((hash, Ok(())))) => {
+                self.hash = Hashing::Idle(hash);
+                Flow::On
+            }
+            Event::Hashed(Ok((hash, Err(error)))) => {
+                self.hash = Hashing::Idle(hash);
+                self.broke(&error).await
+            }
+            Event::Hashed(Err(_)) => {
+                self.hash = Hashing::Lost;
+                Flow::End(Outcome::Failed(
+                    FillError::Stopping,
+                    Some(Arc::clone(&self.spool)),
+                ))
+            }
+            Event::Tick => {
+                self.measure();
+                self.when_abandoned()
+            }
+            Event::Stopping => Flow::End(Outcome::Parked(Arc::clone(&self.spool))),
+        }
+    }
+
+    fn appetite(&self, size: u64) -> Appetite {
+        self.fill.demand(size, &self.spool).1
+    }
+
+    /// Starts what the plan says, as far as there are connections.
+    fn launch(&mut self) {
+        let Some(size) = self.size else { return };
+        while let Some(step) = self.step(size) {
+            let (Step::Fetch(slice) | Step::TakeOver { slice, .. }) = step;
+            let Some(place) = self.fills.spare_place(&self.fill.key.upstream) else {
+                return;
+            };
+            if let Step::TakeOver { from, slice } = step
+                && let Some(slower) = self.fetches.iter().nth(from)
+            {
+                slower.stop_at(slice.start);
+            }
+            let stream = self
+                .fill
+                .ask
+                .clone()
+                .later(slice, size, self.validator.clone());
+            self.fetches.push(Fetch::new(
+                stream,
+                slice.end,
+                place,
+                &self.fill,
+                (&self.fills, &self.spool),
+            ));
+        }
+    }
+
+    fn step(&self, size: u64) -> Option<Step> {
+        let gaps = self.spool.gaps(Slice {
+            start: 0,
+            end: size,
+        });
+        let active: Vec<_> = self.fetches.iter().map(Fetch::active).collect();
+        let (wants, appetite) = self.fill.demand(size, &self.spool);
+        let most = self.fills.limits.per_blob;
+        let share = self.pace.share().min(most);
+        plan::next(&View {
+            size,
+            gaps: &gaps,
+            active: &active,
+            wants: &wants,
+            appetite,
+            share,
+            most,
+        })
+    }
+
+    /// Sends the hash after the bytes that have arrived since it last looked.
+    fn hash_on(&mut self) {
+        let reach = self.spool.reach(0);
+        let Hashing::Idle(hash) = &self.hash else {
+            return;
+        };
+        if hash.position() >= reach {
+            return;
+        }
+        let Hashing::Idle(mut hash) = std::mem::replace(&mut self.hash, Hashing::Lost) else {
+            return;
+        };
+        let spool = Arc::clone(&self.spool);
+        self.hash = Hashing::Away(self.fills.tasks.spawn_blocking(move || {
+            let done = hash.follow(&spool, reach);
+            (hash, done)
+        }));
+    }
+
+    /// The verdict, once every byte is here and hashed.
+    fn finished(&mut self) -> Option<Outcome> {
+        let size = self.size?;
+        let whole = matches!(&self.hash, Hashing::Idle(hash) if hash.position() == size);
+        if !whole {
+            return None;
+        }
+        let Hashing::Idle(hash) = std::mem::replace(&mut self.hash, Hashing::Lost) else {
+            return None;
+        };
+        let spool = Arc::clone(&self.spool);
+        Some(match spool.verify(*hash) {
+            Ok(verified) => Outcome::Verified(verified, spool, self.reservation.take()),
+            Err(mismatch) if self.resumed => {
+                Outcome::Failed(FillError::Pieces(mismatch), Some(spool))
+            }
+            Err(mismatch) => {
+                let upstream = self.fill.key.upstream.clone();
+                Outcome::Failed(FillError::Mismatch { upstream, mismatch }, Some(spool))
+            }
+        })
+    }
+
+    async fn fetched(&mut self, ended: Ended) -> Flow {
+        match ended {
+            Ended::Complete { position, last } => {
+                if self.size.is_none() && last {
+                    self.size = Some(position);
+                }
+                Flow::On
+            }
+            Ended::Refused(error) => self.refused(error),
+            Ended::Disk(error) => self.broke(&error).await,
+        }
+    }
+
+    /// A connection gave up. While others bring bytes the blob goes on with those.
+    fn refused(&mut self, error: UpstreamError) -> Flow {
+        if self.fetches.is_empty() {
+            let keep = self.spool.total() > 0
+                && error.is_outage()
+                && self.size.is_some_and(|size| size > SMALL);
+            let spool = Arc::clone(&self.spool);
+            if keep && !self.fill.has_readers() {
+                return Flow::End(Outcome::Parked(spool));
+            }
+            return Flow::End(Outcome::Failed(error.into(), Some(spool)));
+        }
+        tracing::info!(%error, "an extra connection failed; going on with fewer");
+        self.pace.shrink(self.fetches.len());
+        Flow::On
+    }
+
+    /// The disk refused. Room is made once; then the readers go on alone.
+    async fn broke(&mut self, error: &std::io::Error) -> Flow {
+        self.fills.metrics.store_faults.inc();
+        tracing::warn!(%error, digest = %self.fill.key.digest, "the spool broke");
+        self.fetches.clear();
+        let missing = self
+            .size
+            .map_or(SMALL, |size| size.saturating_sub(self.spool.total()));
+        if self.disk_fault == DiskFault::None
+            && self.size.is_some()
+            && self.fills.store.make_room(missing).await
+        {
+            self.disk_fault = DiskFault::RoomMade;
+            return Flow::On;
+        }
+        let hash = match std::mem::replace(&mut self.hash, Hashing::Lost) {
+            Hashing::Idle(hash) => hash,
+            Hashing::Away(job) => match job.await {
+                Ok((hash, _)) => hash,
+                Err(_) => Box::new(PrefixHash::new(&self.fill.key.digest)),
+            },
+            Hashing::Lost => Box::new(PrefixHash::new(&self.fill.key.digest)),
+        };
+        let spool = Arc::clone(&self.spool);
+        let discarded = Arc::clone(&spool);
+        on_disk(&self.fills, move || discarded.discard()).await;
+        Flow::End(Outcome::Alone(Box::new(Alone::midway(
+            self.size,
+            self.validator.clone(),
+            spool,
+            *hash,
+        ))))
+    }
+
+    fn measure(&mut self) {
+        let now = Instant::now();
+        for fetch in &self.fetches {
+            fetch.measure(now);
+        }
+        let missing = self
+            .size
+            .map_or(0, |size| size.saturating_sub(self.spool.total()));
+        if let Some(reservation) = self.reservation.as_mut() {
+            let needed = self.size.unwrap_or_else(|| self.spool.total());
+            reservation.grow(needed.saturating_sub(reservation.bytes()));
+        }
+        self.pace.measure(now, self.spool.total(), missing);
+    }
+
+    /// A fill that nobody reads finishes if it is small or half in; else it is parked after a while.
+    fn when_abandoned(&mut self) -> Flow {
+        let Some(since) = self.fill.idle_since().filter(|_| !self.fill.has_readers()) else {
+            return Flow::On;
+        };
+        let worth = self.size.is_some_and(|size| {
+            let whole = self.appetite(size) == Appetite::Whole;
+            size <= SMALL || (whole && self.spool.total() >= size / 2)
+        });
+        if worth || self.size.is_none() || since.elapsed() < ABANDONED {
+            return Flow::On;
+        }
+        Flow::End(Outcome::Parked(Arc::clone(&self.spool)))
+    }
+}
