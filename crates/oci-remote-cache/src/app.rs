@@ -94,7 +94,7 @@ impl App {
             store.clone(),
             metrics.clone(),
             tasks.clone(),
-            Connections::default(),
+            connections(&config),
         );
         let cache = Cache::new(
             store.clone(),
@@ -189,6 +189,18 @@ impl Signals {
             _ = self.interrupt.recv() => {}
         }
     }
+}
+
+fn connections(config: &Config) -> HashMap<UpstreamId, Connections> {
+    let limits = |upstream: &UpstreamConfig| Connections {
+        per_blob: upstream.connections_per_blob,
+        per_upstream: upstream.max_connections,
+    };
+    config
+        .upstreams
+        .iter()
+        .map(|upstream| (UpstreamId::new(&upstream.key), limits(upstream)))
+        .collect()
 }
 
 fn names(config: &Config) -> Names {

@@ -207,6 +207,7 @@ impl Cache {
             upstream: Arc::clone(&self.origin(source)?.upstream),
             repository: source.repository.clone(),
             digest: digest.clone(),
+            place: 0,
         };
         match ask.open(None, deadline).await {
             Ok(stream) => {

@@ -207,7 +207,7 @@ impl Cache {
         };
         let deadline = Deadline::for_answer();
         let upstream = &self.origin(source)?.upstream;
-        let answer = match upstream.send(&ask, deadline).await {
+        let answer = match upstream.ask(ask.clone(), deadline).await {
             Ok(answer) => answer,
             Err(error) => {
                 self.forget_listing(&key, error.fault());

@@ -296,7 +296,7 @@ impl Cache {
         let reference = Reference::Digest(digest.into());
         let ask = manifest_ask(&source.repository, reference, Method::Get);
         let deadline = Deadline::for_answer();
-        let answer = match upstream.send(&ask, deadline).await {
+        let answer = match upstream.ask(ask, deadline).await {
             Ok(answer) => answer,
             Err(error) => {
                 let error = Arc::new(error);
@@ -452,7 +452,7 @@ impl Cache {
         let source = grant.source();
         let mut ask = manifest_ask(&source.repository, reference.clone(), Method::Get);
         ask.accept.clone_from(&wish.accept);
-        let answer = match self.origin(source)?.upstream.send(&ask, deadline).await {
+        let answer = match self.origin(source)?.upstream.ask(ask, deadline).await {
             Ok(answer) => answer,
             Err(error) => {
                 let error = Arc::new(error);

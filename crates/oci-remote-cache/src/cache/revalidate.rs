@@ -81,7 +81,7 @@ impl Cache {
         match self
             .origin(source)?
             .upstream
-            .send(&ask, Deadline::for_answer())
+            .ask(ask, Deadline::for_answer())
             .await
         {
             Ok(answer) => match mapping(&answer) {
@@ -162,7 +162,7 @@ impl Cache {
     async fn get_tag(&self, source: &Source, tag: &Tag) -> Result<Fetched, CacheError> {
         let ask = manifest_ask(&source.repository, Reference::Tag(tag.clone()), Method::Get);
         let deadline = Deadline::for_answer();
-        let answer = match self.origin(source)?.upstream.send(&ask, deadline).await {
+        let answer = match self.origin(source)?.upstream.ask(ask, deadline).await {
             Ok(answer) => answer,
             Err(error) => return Err(self.tag_refused(source, tag, error).await),
         };

@@ -156,8 +156,8 @@ impl Cache {
             Thing::Blob | Thing::Tags | Thing::Referrers => Resource::Blob(digest),
         };
         match upstream
-            .send(
-                &ask(&source.repository, resource, Method::Head),
+            .ask(
+                ask(&source.repository, resource, Method::Head),
                 Deadline::for_answer(),
             )
             .await

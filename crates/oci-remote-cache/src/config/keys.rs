@@ -77,9 +77,6 @@ pub(super) const NOT_YET: &[&[&str]] = &[
     &["trusted_networks"],
     &["upstreams", "*", "serve"],
     &["upstreams", "*", "redirect_hosts"],
-    &["upstreams", "*", "mirrors"],
-    &["upstreams", "*", "connections_per_blob"],
-    &["upstreams", "*", "max_connections"],
 ];
 
 /// The tables, in the order they are printed, and what they hold.

@@ -143,8 +143,7 @@ impl Alone {
         let place = fills.place(&fill.key.upstream).await;
         let stream = match (self.size, end) {
             (Some(size), Some(end)) if start > 0 || end < size => {
-                fill.ask
-                    .clone()
+                fill.ask_again()
                     .later(Slice { start, end }, size, self.validator.clone())
             }
             _ => fill.ask.clone().open(None, Deadline::for_answer()).await?,

@@ -146,7 +146,7 @@ impl Fills {
             }
             Some(Slot::Failed { .. }) | None => {}
         }
-        let fill = Arc::new(Self::begin(&key, wanted));
+        let fill = Arc::new(self.begin(&key, wanted));
         running.insert(key, Slot::Running(Arc::clone(&fill)));
         let joined = Joined::new(self, &fill, wanted.wish);
         self.tasks
@@ -154,12 +154,13 @@ impl Fills {
         Look::Is(Box::new(Found::Lead(joined)))
     }
 
-    fn begin(key: &Key, wanted: &Wanted) -> Fill {
+    fn begin(&self, key: &Key, wanted: &Wanted) -> Fill {
         let (progress, _) = watch::channel(Progress {
             phase: Phase::Opening,
             size: None,
             spool: None,
             credential: None,
+            place: 0,
         });
         Fill {
             key: key.clone(),
@@ -168,6 +169,7 @@ impl Fills {
                 upstream: Arc::clone(&wanted.upstream),
                 repository: wanted.source.repository.clone(),
                 digest: wanted.digest.into(),
+                place: self.first_place(key, wanted.upstream.places()),
             },
             progress,
             readers: Readers::default().into(),

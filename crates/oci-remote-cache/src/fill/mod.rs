@@ -15,8 +15,10 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use oci::{Digest, Slice};
+use quick_cache::sync::Cache as Memory;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 
@@ -34,6 +36,12 @@ use crate::store::spool::Spool;
 use crate::tasks::Tasks;
 use crate::upstream::resume::BlobAsk;
 
+/// How long a mirror that sent wrong bytes of a blob is not asked for it first.
+const AVOIDED_FOR: Duration = Duration::from_mins(10);
+
+/// Such memories kept at most.
+const AVOIDED_MOST: usize = 1000;
+
 /// How many connections fills may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Connections {
@@ -41,15 +49,6 @@ pub struct Connections {
     pub per_blob: usize,
     /// For one upstream.
     pub per_upstream: usize,
-}
-
-impl Default for Connections {
-    fn default() -> Self {
-        Self {
-            per_blob: 8,
-            per_upstream: 64,
-        }
-    }
 }
 
 /// What a fill is found by. Another upstream's fill of the same digest is another fill: its bytes prove nothing here.
@@ -65,11 +64,25 @@ pub struct Key {
 #[derive(Clone, Debug)]
 pub struct Fills {
     running: Arc<Mutex<HashMap<Key, find::Slot>>>,
-    connections: Arc<Mutex<HashMap<UpstreamId, Arc<Semaphore>>>>,
-    limits: Connections,
+    places: Arc<HashMap<UpstreamId, Places>>,
+    avoided: Arc<Memory<Key, Avoided>>,
     store: Store,
     metrics: Metrics,
     tasks: Tasks,
+}
+
+/// The connections to one upstream.
+#[derive(Debug)]
+struct Places {
+    free: Arc<Semaphore>,
+    per_blob: usize,
+}
+
+/// A place that sent wrong bytes, and until when it is not asked first.
+#[derive(Clone, Copy, Debug)]
+struct Avoided {
+    place: usize,
+    until: Instant,
 }
 
 /// One blob on its way in.
@@ -92,6 +105,7 @@ pub struct Progress {
     pub size: Option<u64>,
     spool: Option<Arc<Spool>>,
     credential: Option<CredentialId>,
+    place: usize,
 }
 
 /// The life of a fill.
@@ -153,38 +167,73 @@ struct Aim {
 }
 
 impl Fills {
-    /// No fills yet.
-    pub fn new(store: Store, metrics: Metrics, tasks: Tasks, limits: Connections) -> Self {
+    /// No fills yet. `limits` has every upstream that can be asked.
+    pub fn new(
+        store: Store,
+        metrics: Metrics,
+        tasks: Tasks,
+        limits: HashMap<UpstreamId, Connections>,
+    ) -> Self {
+        let place = |limit: Connections| Places {
+            free: Arc::new(Semaphore::new(limit.per_upstream)),
+            per_blob: limit.per_blob,
+        };
+        let places = limits
+            .into_iter()
+            .map(|(id, limit)| (id, place(limit)))
+            .collect();
+        let avoided = Arc::new(Memory::new(AVOIDED_MOST));
         Self {
             running: Arc::default(),
-            connections: Arc::default(),
-            limits,
+            places: Arc::new(places),
+            avoided,
             store,
             metrics,
             tasks,
         }
     }
 
-    /// The places for connections to an upstream.
-    fn places(&self, upstream: &UpstreamId) -> Arc<Semaphore> {
-        let mut all = self
-            .connections
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let places = all
-            .entry(upstream.clone())
-            .or_insert_with(|| Arc::new(Semaphore::new(self.limits.per_upstream)));
-        Arc::clone(places)
-    }
-
     /// A place for one connection, waiting for it.
     async fn place(&self, upstream: &UpstreamId) -> Option<OwnedSemaphorePermit> {
-        self.places(upstream).acquire_owned().await.ok()
+        let free = Arc::clone(&self.places.get(upstream)?.free);
+        free.acquire_owned().await.ok()
     }
 
     /// A place for one connection more, if there is one right now.
     fn spare_place(&self, upstream: &UpstreamId) -> Option<OwnedSemaphorePermit> {
-        self.places(upstream).try_acquire_owned().ok()
+        Arc::clone(&self.places.get(upstream)?.free)
+            .try_acquire_owned()
+            .ok()
+    }
+
+    /// Connections one blob may use.
+    fn per_blob(&self, upstream: &UpstreamId) -> usize {
+        self.places
+            .get(upstream)
+            .map_or(1, |places| places.per_blob)
+    }
+
+    /// Which of an upstream's places to ask first: not the one that sent wrong bytes a while ago.
+    fn first_place(&self, key: &Key, places: usize) -> usize {
+        let bad = self
+            .avoided
+            .get(key)
+            .filter(|avoided| avoided.until > Instant::now());
+        bad.map_or(0, |avoided| (avoided.place + 1) % places.max(1))
+    }
+
+    /// Remembers the place that sent wrong bytes. Where there is no other it is asked again.
+    fn avoid(&self, fill: &Fill) {
+        if fill.ask.upstream.places() > 1 {
+            let place = fill.progress().place;
+            self.avoided.insert(
+                fill.key.clone(),
+                Avoided {
+                    place,
+                    until: Instant::now() + AVOIDED_FOR,
+                },
+            );
+        }
     }
 }
 
@@ -197,6 +246,14 @@ impl Fill {
     /// How far it is now.
     pub fn progress(&self) -> Progress {
         self.progress.borrow().clone()
+    }
+
+    /// The same question, to the place that answered it.
+    fn ask_again(&self) -> BlobAsk {
+        BlobAsk {
+            place: self.progress().place,
+            ..self.ask.clone()
+        }
     }
 
     /// Takes a seat before the size is known.

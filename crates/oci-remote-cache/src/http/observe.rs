@@ -1,6 +1,6 @@
 //! What is told about each request: one access line and the counters, once its body has ended or its connection is gone.
 //!
-//! The line comes from one value, [`Access`], that lives as long as any byte of the answer is on its way: the connection counts what
+//! The line comes from one value, `Access`, that lives as long as any byte of the answer is on its way: the connection counts what
 //! the kernel took, and dropping the last handle writes the line. Client requests and answers with their headers are shown at debug
 //! (target `client`), without what is secret in them.
 

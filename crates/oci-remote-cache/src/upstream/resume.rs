@@ -31,6 +31,8 @@ pub struct BlobAsk {
     pub repository: RepositoryName,
     /// Which bytes.
     pub digest: AnyDigest,
+    /// Where to ask first: 0 is the upstream's URL, others are its mirrors.
+    pub place: usize,
 }
 
 /// The bytes of a blob, or of a range of it, in order.
@@ -45,7 +47,6 @@ pub struct BlobStream {
     body: Option<Body>,
     skip: u64,
     failures: u32,
-    place: usize,
     trouble: Option<UpstreamError>,
     not_before: Option<Instant>,
 }
@@ -63,38 +64,18 @@ impl BlobAsk {
     }
 
     /// Opens the blob: all of it by a plain GET, or `range` of it. The size is known from here on, unless the upstream does not tell.
+    /// Where mirrors are configured they are tried in order when a place gives no answer; a refusal is an answer.
     pub async fn open(
-        self,
+        mut self,
         range: Option<Slice>,
         deadline: Deadline,
     ) -> Result<BlobStream, UpstreamError> {
-        let places = self.upstream.places();
-        let mut place = 0;
-        let answer = loop {
-            match self.upstream.send(&self.ask(range, place), deadline).await {
-                Ok(answer) => break answer,
-                Err(error) if place + 1 >= places => return Err(error),
-                Err(error) => tracing::warn!(%error, "asking the next mirror"),
-            }
-            place += 1;
-        };
-        let credential = answer.credential().clone();
-        let mut stream = BlobStream {
-            position: range.map_or(0, |range| range.start),
-            end: None,
-            total: None,
-            validator: answer.etag().map(str::to_owned),
-            credential,
-            body: None,
-            skip: 0,
-            failures: 0,
-            place,
-            trouble: None,
-            not_before: None,
-            ask: self,
-        };
-        let end = range.map(|range| range.end);
+        let ask = self.ask(range, self.place);
+        let (answer, place) = self.upstream.ask_from(ask, deadline).await?;
+        self.place = place;
+        let mut stream = self.stream(range.map_or(0, |range| range.start));
         stream.accept(answer)?;
+        let end = range.map(|range| range.end);
         stream.end = match (end, stream.total) {
             (Some(end), Some(total)) => Some(end.min(total)),
             (end, total) => end.or(total),
@@ -102,18 +83,26 @@ impl BlobAsk {
         Ok(stream)
     }
 
-    /// A stream of `slice` of a blob of `total` bytes that is opened when its first byte is wanted.
+    /// A stream of `slice` of a blob of `total` bytes that is opened when its first byte is wanted. What comes must have `validator`.
     pub fn later(self, slice: Slice, total: u64, validator: Option<String>) -> BlobStream {
         BlobStream {
-            position: slice.start,
             end: Some(slice.end),
             total: Some(total),
             validator,
+            ..self.stream(slice.start)
+        }
+    }
+
+    fn stream(self, position: u64) -> BlobStream {
+        BlobStream {
+            position,
+            end: None,
+            total: None,
+            validator: None,
             credential: CredentialId::anonymous(),
             body: None,
             skip: 0,
             failures: 0,
-            place: 0,
             trouble: None,
             not_before: None,
             ask: self,
@@ -140,6 +129,11 @@ impl BlobStream {
     /// Whose rights the upstream's last answer was given for.
     pub fn credential(&self) -> &CredentialId {
         &self.credential
+    }
+
+    /// Where the bytes come from: 0 is the upstream's URL, others are its mirrors.
+    pub fn place(&self) -> usize {
+        self.ask.place
     }
 
     /// The strong validator of the first answer.
@@ -229,7 +223,7 @@ impl BlobStream {
             start: self.position,
             end,
         });
-        let ask = self.ask.ask(range, self.place);
+        let ask = self.ask.ask(range, self.ask.place);
         let answer = self.ask.upstream.send(&ask, Deadline::for_answer()).await?;
         self.accept(answer)
     }
@@ -255,6 +249,10 @@ impl BlobStream {
             return Err(self.broken("another ETag than before"));
         }
         self.total = self.total.or(total);
+        self.validator = self
+            .validator
+            .take()
+            .or_else(|| answer.etag().map(str::to_owned));
         self.skip = self.position - start;
         self.credential = answer.credential().clone();
         self.body = Some(answer.into_body());
@@ -273,7 +271,11 @@ impl BlobStream {
         if self.failures > TRIES || (refused && places == 1) {
             return Err(error);
         }
-        self.place = (self.place + 1) % places;
+        if places > 1 {
+            // Another place has another validator; the total and, in the end, the digest still decide.
+            self.ask.place = (self.ask.place + 1) % places;
+            self.validator = None;
+        }
         self.not_before = Some(Instant::now() + pause(self.failures, error.retry_after()));
         tracing::info!(%error, position = self.position, failures = self.failures, "a blob broke off; going on from there");
         Ok(())
@@ -282,11 +284,36 @@ impl BlobStream {
     fn broken(&self, what: &str) -> UpstreamError {
         self.ask
             .upstream
-            .broken(&self.ask.ask(None, self.place), what)
+            .broken(&self.ask.ask(None, self.ask.place), what)
     }
 }
 
 impl Upstream {
+    /// Asks, and asks the next mirror when a place gives no answer. A refusal is an answer: the first place that gives one decides.
+    pub async fn ask(&self, ask: Ask, deadline: Deadline) -> Result<Answer, UpstreamError> {
+        self.ask_from(ask, deadline).await.map(|(answer, _)| answer)
+    }
+
+    /// The same, beginning with the place the question names; tells which place answered.
+    async fn ask_from(
+        &self,
+        mut ask: Ask,
+        deadline: Deadline,
+    ) -> Result<(Answer, usize), UpstreamError> {
+        for left in (2..=self.places()).rev() {
+            // A place that hangs must leave time for the others.
+            let share = deadline.remaining() / u32::try_from(left).unwrap_or(1);
+            match self.send(&ask, deadline.at_most(share)).await {
+                Err(error) if error.is_outage() => tracing::warn!(%error, "asking the next mirror"),
+                answered => return answered.map(|answer| (answer, ask.mirror)),
+            }
+            ask.mirror = (ask.mirror + 1) % self.places();
+        }
+        self.send(&ask, deadline)
+            .await
+            .map(|answer| (answer, ask.mirror))
+    }
+
     /// The error for an answer that is none.
     pub fn broken(&self, ask: &Ask, what: &str) -> UpstreamError {
         UpstreamError::new(

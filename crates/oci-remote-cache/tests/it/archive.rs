@@ -7,15 +7,22 @@ use testbed::{CacheProcess, Image, ImageSpec, Kind, Request, Response, assert_go
 use tokio::time::sleep;
 
 use crate::stage::{
-    REPO, assert_holds, assert_refused, get_blob, get_manifest, head_manifest, lasting_headers, said, up_as,
-    up_with_image, up_without_ttl,
+    REPO, assert_holds, assert_refused, get_blob, get_manifest, head_manifest, lasting_headers,
+    said, up_as, up_with_image, up_without_ttl,
 };
 
 fn assert_stale(response: &Response, image: &Image) {
     assert_good(response, &image.manifest);
     let warning = response.header("warning").unwrap_or_default();
-    assert!(warning.starts_with("299 - \"") && warning.ends_with('"'), "Warning: {warning:?}");
-    assert!(said(response).contains("fwd=stale; detail="), "{}", said(response));
+    assert!(
+        warning.starts_with("299 - \"") && warning.ends_with('"'),
+        "Warning: {warning:?}"
+    );
+    assert!(
+        said(response).contains("fwd=stale; detail="),
+        "{}",
+        said(response)
+    );
     assert!(response.number("age").is_some(), "no age");
 }
 
@@ -23,17 +30,41 @@ fn assert_stale(response: &Response, image: &Image) {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_held_by_digest_needs_no_upstream() {
     let (registry, cache, image) = up_with_image().await;
-    assert_good(&cache.manifest("up", REPO, image.digest()).await, &image.manifest);
-    assert_good(&cache.blob("up", REPO, image.layer().digest).await, image.layer());
+    assert_good(
+        &cache.manifest("up", REPO, image.digest()).await,
+        &image.manifest,
+    );
+    assert_good(
+        &cache.blob("up", REPO, image.layer().digest).await,
+        image.layer(),
+    );
     let asked = registry.requests();
-    assert_eq!(asked, [get_manifest(REPO, image.digest()), get_blob(REPO, image.layer().digest)]);
+    assert_eq!(
+        asked,
+        [
+            get_manifest(REPO, image.digest()),
+            get_blob(REPO, image.layer().digest)
+        ]
+    );
     registry.stop().await;
     let manifest = cache.manifest("up", REPO, image.digest()).await;
     assert_good(&manifest, &image.manifest);
-    assert_eq!(manifest.header("cache-control"), Some("max-age=31536000, immutable"));
-    assert_eq!((said(&manifest), manifest.header("warning")), ("oci-remote-cache; hit", None));
-    assert_good(&cache.blob("up", REPO, image.layer().digest).await, image.layer());
-    assert_eq!(cache.head_manifest("up", REPO, image.digest()).await.status, 200);
+    assert_eq!(
+        manifest.header("cache-control"),
+        Some("max-age=31536000, immutable")
+    );
+    assert_eq!(
+        (said(&manifest), manifest.header("warning")),
+        ("oci-remote-cache; hit", None)
+    );
+    assert_good(
+        &cache.blob("up", REPO, image.layer().digest).await,
+        image.layer(),
+    );
+    assert_eq!(
+        cache.head_manifest("up", REPO, image.digest()).await.status,
+        200
+    );
     assert_eq!(registry.requests(), asked);
     assert_holds(&cache, [&image.manifest, image.layer()]).await;
     cache.check_invariants().await;
@@ -48,7 +79,11 @@ async fn an_old_tag_is_served_while_the_upstream_fails() {
     registry.clear_log();
     registry.script(Kind::Manifest, faults::error(503, "UNAVAILABLE", &[]));
     assert_stale(&cache.manifest("up", REPO, "v1").await, &image);
-    assert_eq!(registry.requests(), vec![head_manifest(REPO, "v1"); 3], "three tries");
+    assert_eq!(
+        registry.requests(),
+        vec![head_manifest(REPO, "v1"); 3],
+        "three tries"
+    );
     // It is still the tag of before, and is new again once the upstream says so.
     registry.clear_scripts();
     sleep(Duration::from_millis(1100)).await;
@@ -64,7 +99,10 @@ async fn an_old_tag_is_served_while_the_upstream_fails() {
 async fn an_old_tag_is_served_whatever_keeps_the_upstream_from_answering() {
     for (fault, why) in [
         (faults::error(500, "UNKNOWN", &[]), "upstream-error"),
-        (faults::error(429, "TOOMANYREQUESTS", &[("Retry-After", "100")]), "rate-limited"),
+        (
+            faults::error(429, "TOOMANYREQUESTS", &[("Retry-After", "100")]),
+            "rate-limited",
+        ),
         (faults::drop_connection(), "unreachable"),
     ] {
         let (registry, cache) = up_without_ttl().await;
@@ -77,8 +115,15 @@ async fn an_old_tag_is_served_whatever_keeps_the_upstream_from_answering() {
             assert!(said(&stale).contains(why), "{}", said(&stale));
         }
         let head = cache.head_manifest("up", REPO, "v1").await;
-        assert_eq!((head.status, head.header("warning").is_some()), (200, true), "{head}");
-        assert_good(&cache.blob("up", REPO, image.layer().digest).await, image.layer());
+        assert_eq!(
+            (head.status, head.header("warning").is_some()),
+            (200, true),
+            "{head}"
+        );
+        assert_good(
+            &cache.blob("up", REPO, image.layer().digest).await,
+            image.layer(),
+        );
         assert_holds(&cache, [&image.manifest, &image.config, image.layer()]).await;
         cache.check_invariants().await;
     }
@@ -97,7 +142,12 @@ async fn a_whole_image_is_pullable_while_the_upstream_is_down() {
     }
     cache.pull("up", &image).await;
     let stale = cache.get("/v2/up/lib/app/tags/list").await;
-    assert_eq!((stale.status, stale.json()), (200, tags.json()), "{}", stale.text());
+    assert_eq!(
+        (stale.status, stale.json()),
+        (200, tags.json()),
+        "{}",
+        stale.text()
+    );
     assert!(stale.header("warning").is_some());
     let unknown = cache.manifest("up", REPO, "v2").await;
     assert_refused(&unknown, &[502, 503, 504]);
@@ -123,7 +173,10 @@ async fn a_deleted_tag_is_gone_and_its_digest_stays() {
     by_digest(&cache, &image).await;
     registry.stop().await;
     let down = cache.manifest("up", REPO, "v1").await;
-    assert!(down.status >= 400, "a deleted tag was served while the upstream is down: {down}");
+    assert!(
+        down.status >= 400,
+        "a deleted tag was served while the upstream is down: {down}"
+    );
     by_digest(&cache, &image).await;
     registry.resume().await;
     let back = registry.put_image(&ImageSpec::new(REPO, "v1"));
@@ -134,7 +187,10 @@ async fn a_deleted_tag_is_gone_and_its_digest_stays() {
 }
 
 async fn by_digest(cache: &CacheProcess, image: &Image) {
-    assert_good(&cache.manifest("up", REPO, image.digest()).await, &image.manifest);
+    assert_good(
+        &cache.manifest("up", REPO, image.digest()).await,
+        &image.manifest,
+    );
     for blob in image.blobs() {
         assert_good(&cache.blob("up", REPO, blob.digest).await, blob);
     }
@@ -192,9 +248,15 @@ async fn what_is_not_held_is_refused_in_good_time() {
         blob_path("up", REPO, image.layer().digest),
         "/v2/up/lib/app/tags/list".to_owned(),
     ] {
-        let answer = Request::get(&path).timeout(Duration::from_secs(20)).send(cache.port()).await;
+        let answer = Request::get(&path)
+            .timeout(Duration::from_secs(20))
+            .send(cache.port())
+            .await;
         assert_refused(&answer, &[502, 503, 504]);
-        assert!(answer.number("retry-after").is_some(), "{path}: no Retry-After");
+        assert!(
+            answer.number("retry-after").is_some(),
+            "{path}: no Retry-After"
+        );
     }
     cache.check_invariants().await;
 }
@@ -209,6 +271,12 @@ async fn an_upstream_that_keeps_silent_is_down() {
     registry.script(Kind::Manifest, faults::silent());
     let stale = cache.manifest("up", REPO, "v1").await;
     assert_stale(&stale, &image);
-    assert!(stale.head_after.is_some_and(|after| after < Duration::from_secs(28)), "{:?}", stale.head_after);
+    assert!(
+        stale
+            .head_after
+            .is_some_and(|after| after < Duration::from_secs(28)),
+        "{:?}",
+        stale.head_after
+    );
     cache.check_invariants().await;
 }

@@ -3,13 +3,19 @@
 use std::time::Duration;
 
 use testbed::cache::blob_path;
-use testbed::{Content, Gate, ImageSpec, Kind, Registry, Request, ServeOptions, assert_good, faults};
+use testbed::{
+    Content, Gate, ImageSpec, Kind, Registry, Request, ServeOptions, assert_good, faults,
+};
 use tokio::time::sleep;
 
-use crate::stage::{REPO, assert_holds, head_manifest, up, up_with_blob, up_with_image, up_without_ttl};
+use crate::stage::{
+    REPO, assert_holds, head_manifest, up, up_with_blob, up_with_image, up_without_ttl,
+};
 
 fn blobs(registry: &Registry, count: usize, size: usize) -> Vec<Content> {
-    let blobs: Vec<Content> = (0..count).map(|n| Content::blob(size, &format!("blob {n}"))).collect();
+    let blobs: Vec<Content> = (0..count)
+        .map(|n| Content::blob(size, &format!("blob {n}")))
+        .collect();
     for blob in &blobs {
         registry.put_blob(REPO, blob);
     }
@@ -28,8 +34,10 @@ async fn transfers_cut_by_a_kill_start_over_and_leave_nothing() {
             faults::serve(blob, ServeOptions::new().pause(500_000, &gate)),
         );
     }
-    let clients: Vec<_> =
-        blobs.iter().map(|blob| Request::get(&blob_path("up", REPO, blob.digest)).start(cache.port())).collect();
+    let clients: Vec<_> = blobs
+        .iter()
+        .map(|blob| Request::get(&blob_path("up", REPO, blob.digest)).start(cache.port()))
+        .collect();
     gate.reached_by(5).await;
     assert!(!cache.spool_files().is_empty(), "nothing is in flight");
     cache.kill9().await;
@@ -37,13 +45,13 @@ async fn transfers_cut_by_a_kill_start_over_and_leave_nothing() {
         let response = client.response().await;
         assert!(!response.is_whole(), "{response}");
     }
-    assert_holds(&cache, []).await;
+    assert_holds::<Content>(&cache, []).await;
     gate.open();
     cache.restart().await;
     for blob in &blobs {
         assert_good(&cache.blob("up", REPO, blob.digest).await, blob);
     }
-    assert_holds(&cache, &blobs).await;
+    assert_holds(&cache, blobs).await;
     cache.check_invariants().await;
 }
 
@@ -64,7 +72,10 @@ async fn a_large_transfer_cut_by_a_kill_goes_on_where_it_stopped() {
     registry.clear_scripts();
     registry.clear_log();
     cache.restart().await;
-    let response = Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data).send(cache.port()).await;
+    let response = Request::get(&blob_path("up", REPO, blob.digest))
+        .compare(&blob.data)
+        .send(cache.port())
+        .await;
     assert!(response.is_right(), "{response}");
     let after = registry.sent((Kind::Blob, "GET"));
     let twice = (before + after).saturating_sub(blob.size());
@@ -99,7 +110,10 @@ async fn a_pulled_image_survives_a_kill_at_once() {
     registry.stop().await;
     cache.restart().await;
     cache.pull("up", &image).await;
-    assert_good(&cache.manifest("up", REPO, image.digest()).await, &image.manifest);
+    assert_good(
+        &cache.manifest("up", REPO, image.digest()).await,
+        &image.manifest,
+    );
     assert_eq!(registry.requests().len(), 3);
     assert_holds(&cache, [&image.manifest, &image.config, image.layer()]).await;
     cache.check_invariants().await;
@@ -111,12 +125,20 @@ async fn kills_at_any_moment_lose_nothing_that_was_finished() {
     let (registry, cache) = up().await;
     let mut finished: Vec<Content> = Vec::new();
     for round in 0..10_u64 {
-        let fresh: Vec<Content> = (0..6).map(|n| Content::blob(700_000, &format!("{round}/{n}"))).collect();
+        let fresh: Vec<Content> = (0..6)
+            .map(|n| Content::blob(700_000, &format!("{round}/{n}")))
+            .collect();
         for blob in &fresh {
             registry.put_blob(REPO, blob);
         }
-        let clients: Vec<_> =
-            fresh.iter().map(|blob| Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data).start(cache.port())).collect();
+        let clients: Vec<_> = fresh
+            .iter()
+            .map(|blob| {
+                Request::get(&blob_path("up", REPO, blob.digest))
+                    .compare(&blob.data)
+                    .start(cache.port())
+            })
+            .collect();
         sleep(Duration::from_millis(round * 9)).await;
         cache.kill9().await;
         for (client, blob) in clients.into_iter().zip(&fresh) {
@@ -129,7 +151,11 @@ async fn kills_at_any_moment_lose_nothing_that_was_finished() {
         for blob in &finished {
             assert_good(&cache.blob("up", REPO, blob.digest).await, blob);
         }
-        assert_eq!(registry.count(Kind::Blob), 0, "round {round}: a finished blob was lost");
+        assert_eq!(
+            registry.count(Kind::Blob),
+            0,
+            "round {round}: a finished blob was lost"
+        );
         cache.check_invariants().await;
     }
 }
@@ -143,43 +169,54 @@ async fn a_restart_in_good_order_keeps_everything() {
     cache.restart().await;
     cache.pull("up", &image).await;
     let head = cache.head_blob("up", REPO, image.layer().digest).await;
-    assert_eq!((head.status, head.number("content-length")), (200, Some(image.layer().size())));
+    assert_eq!(
+        (head.status, head.number("content-length")),
+        (200, Some(image.layer().size()))
+    );
     assert_eq!(registry.requests(), asked);
     assert_holds(&cache, [&image.manifest, &image.config, image.layer()]).await;
     cache.check_invariants().await;
 }
 
-/// A lost catalog loses no bytes: the upstream vouches again, and no blob is fetched again.
+/// A lost catalog loses no bytes, but who may read them must be proven again, and only the upstream's own bytes are a proof.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_lost_catalog_costs_no_blob() {
+async fn a_lost_catalog_is_made_again_from_the_upstream() {
     let (registry, cache, image) = up_with_image().await;
     cache.pull("up", &image).await;
-    assert_holds(&cache, [&image.manifest, &image.config, image.layer()]).await;
+    let parts = [&image.manifest, &image.config, image.layer()];
+    assert_holds(&cache, parts).await;
     cache.terminate().await;
     for name in ["catalog.db", "catalog.db-wal", "catalog.db-shm"] {
         std::fs::remove_file(cache.cache_dir().join(name)).ok();
     }
     cache.restart().await;
+    assert_holds(&cache, parts).await;
     registry.clear_log();
-    cache.pull("up", &image).await;
-    assert_eq!(registry.count((Kind::Blob, "GET")), 0, "{:?}", registry.requests());
+    for _ in 0..2 {
+        cache.pull("up", &image).await;
+    }
+    assert!(registry.requests().len() <= 3, "{:?}", registry.requests());
+    assert_holds(&cache, parts).await;
     cache.check_invariants().await;
 }
 
-/// A damaged catalog is set aside.
+/// A damaged catalog is set aside, once.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_damaged_catalog_costs_no_pull() {
+async fn a_damaged_catalog_is_set_aside() {
     let (registry, cache, image) = up_with_image().await;
     cache.pull("up", &image).await;
+    let parts = [&image.manifest, &image.config, image.layer()];
+    assert_holds(&cache, parts).await;
     cache.terminate().await;
     for name in ["catalog.db-wal", "catalog.db-shm"] {
         std::fs::remove_file(cache.cache_dir().join(name)).ok();
     }
-    std::fs::write(cache.cache_dir().join("catalog.db"), testbed::image::noise(8192, "damage")).expect("damage the catalog");
+    let noise = testbed::image::noise(8192, "damage");
+    std::fs::write(cache.cache_dir().join("catalog.db"), noise).expect("damage the catalog");
     cache.restart().await;
-    registry.clear_log();
     cache.pull("up", &image).await;
-    assert_eq!(registry.count((Kind::Blob, "GET")), 0, "{:?}", registry.requests());
+    assert_holds(&cache, parts).await;
+    registry.stop().await;
     cache.restart().await;
     cache.pull("up", &image).await;
     cache.check_invariants().await;
@@ -194,7 +231,14 @@ async fn strange_files_are_swept_or_left_alone() {
     let root = cache.cache_dir();
     std::fs::write(root.join("spool").join("leftover"), "half a blob").expect("leave a file");
     std::fs::create_dir_all(root.join("blobs").join("sha256").join("zz")).expect("make a folder");
-    std::fs::write(root.join("blobs").join("sha256").join("zz").join("nonsense"), "x").expect("leave a file");
+    std::fs::write(
+        root.join("blobs")
+            .join("sha256")
+            .join("zz")
+            .join("nonsense"),
+        "x",
+    )
+    .expect("leave a file");
     cache.restart().await;
     cache.pull("up", &image).await;
     assert!(cache.spool_files().is_empty(), "{:?}", cache.spool_files());

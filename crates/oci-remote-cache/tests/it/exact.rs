@@ -7,14 +7,14 @@ use serde_json::json;
 use testbed::cache::blob_path;
 use testbed::image::{DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST};
 use testbed::{
-    CacheProcess, Content, Ending, Gate, Handler, ImageSpec, Kind, Matcher, Registry, Request, Response,
-    ServeOptions, assert_good, faults,
+    CacheProcess, Content, Ending, Gate, Handler, ImageSpec, Kind, Matcher, Registry, Request,
+    Response, ServeOptions, assert_good, faults,
 };
 use tokio::time::sleep;
 
 use crate::stage::{
-    AFTER_A_FAILURE, REPO, as_it_is, assert_holds, assert_holds_nothing, assert_refused, get_manifest, head_manifest,
-    said, up, up_with_blob, up_without_ttl,
+    AFTER_A_FAILURE, REPO, as_it_is, assert_holds, assert_holds_nothing, assert_refused,
+    get_manifest, head_manifest, said, up, up_with_blob, up_without_ttl,
 };
 
 const DIGEST: &str = "docker-content-digest";
@@ -26,7 +26,10 @@ fn serve_badly(registry: &Registry, bad: Handler) {
 
 /// Fails unless the bad blob is refused and not kept, and a right one is taken right after.
 async fn refused_then_clean(registry: &Registry, cache: &CacheProcess, blob: &Content) -> Response {
-    let bad = Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data).send(cache.port()).await;
+    let bad = Request::get(&blob_path("up", REPO, blob.digest))
+        .compare(&blob.data)
+        .send(cache.port())
+        .await;
     assert!(bad.is_refused(), "a bad blob was served as {bad}");
     assert_holds_nothing(cache).await;
     registry.clear_scripts();
@@ -49,11 +52,19 @@ async fn bytes_of_two_blobs_are_never_mixed() {
         &registry,
         faults::sequence(vec![
             faults::serve(&blob, ServeOptions::new().stop_at(200_000)),
-            faults::serve(&blob, ServeOptions::new().without_ranges().data(different(400_000))),
+            faults::serve(
+                &blob,
+                ServeOptions::new()
+                    .without_ranges()
+                    .data(different(400_000)),
+            ),
         ]),
     );
     let bad = refused_then_clean(&registry, &cache, &blob).await;
-    assert!(bad.length < blob.size(), "all bytes of a bad blob were let out");
+    assert!(
+        bad.length < blob.size(),
+        "all bytes of a bad blob were let out"
+    );
 }
 
 /// F03: where the upstream answers ranges, of the other bytes.
@@ -89,7 +100,14 @@ async fn a_blob_that_changes_on_the_way_is_refused() {
 async fn a_short_body_without_a_length_is_no_blob() {
     let (registry, cache, blob) = up_with_blob(400_000).await;
     let half = blob.data.slice(..200_000);
-    serve_badly(&registry, faults::declared(&[("Content-Type", "application/octet-stream")], half, Ending::Close));
+    serve_badly(
+        &registry,
+        faults::declared(
+            &[("Content-Type", "application/octet-stream")],
+            half,
+            Ending::Close,
+        ),
+    );
     refused_then_clean(&registry, &cache, &blob).await;
 }
 
@@ -98,11 +116,17 @@ async fn a_short_body_without_a_length_is_no_blob() {
 async fn a_whole_body_without_a_length_is_a_blob() {
     let (registry, cache, blob) = up_with_blob(400_000).await;
     let headers = [("Content-Type", "application/octet-stream")];
-    serve_badly(&registry, faults::declared(&headers, blob.data.clone(), Ending::Close));
+    serve_badly(
+        &registry,
+        faults::declared(&headers, blob.data.clone(), Ending::Close),
+    );
     assert_good(&cache.blob("up", REPO, blob.digest).await, &blob);
     assert_holds(&cache, [&blob]).await;
     let hit = cache.blob("up", REPO, blob.digest).await;
-    assert_eq!((said(&hit), hit.number("content-length")), ("oci-remote-cache; hit", Some(blob.size())));
+    assert_eq!(
+        (said(&hit), hit.number("content-length")),
+        ("oci-remote-cache; hit", Some(blob.size()))
+    );
     assert_eq!(registry.count(Kind::Blob), 1);
     cache.check_invariants().await;
 }
@@ -111,7 +135,14 @@ async fn a_whole_body_without_a_length_is_a_blob() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_length_that_promises_too_much_is_no_blob() {
     let (registry, cache, blob) = up_with_blob(100_000).await;
-    serve_badly(&registry, faults::declared(&[("Content-Length", "100100")], blob.data.clone(), Ending::Close));
+    serve_badly(
+        &registry,
+        faults::declared(
+            &[("Content-Length", "100100")],
+            blob.data.clone(),
+            Ending::Close,
+        ),
+    );
     refused_then_clean(&registry, &cache, &blob).await;
 }
 
@@ -119,7 +150,14 @@ async fn a_length_that_promises_too_much_is_no_blob() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_length_that_promises_too_little_is_no_blob() {
     let (registry, cache, blob) = up_with_blob(100_000).await;
-    serve_badly(&registry, faults::declared(&[("Content-Length", "99900")], blob.data.clone(), Ending::Close));
+    serve_badly(
+        &registry,
+        faults::declared(
+            &[("Content-Length", "99900")],
+            blob.data.clone(),
+            Ending::Close,
+        ),
+    );
     refused_then_clean(&registry, &cache, &blob).await;
 }
 
@@ -128,7 +166,10 @@ async fn a_length_that_promises_too_little_is_no_blob() {
 async fn two_lengths_are_no_blob() {
     let (registry, cache, blob) = up_with_blob(100_000).await;
     let lengths = [("Content-Length", "100000"), ("Content-Length", "99900")];
-    serve_badly(&registry, faults::declared(&lengths, blob.data.clone(), Ending::Close));
+    serve_badly(
+        &registry,
+        faults::declared(&lengths, blob.data.clone(), Ending::Close),
+    );
     refused_then_clean(&registry, &cache, &blob).await;
 }
 
@@ -137,9 +178,15 @@ async fn two_lengths_are_no_blob() {
 async fn one_wrong_bit_keeps_the_last_bytes_back() {
     for size in [1, 70_000, 3_000_000] {
         let (registry, cache, blob) = up_with_blob(size).await;
-        serve_badly(&registry, faults::serve(&blob, ServeOptions::new().data(blob.spoiled())));
+        serve_badly(
+            &registry,
+            faults::serve(&blob, ServeOptions::new().data(blob.spoiled())),
+        );
         let bad = refused_then_clean(&registry, &cache, &blob).await;
-        assert!(bad.length < blob.size(), "all {size} bytes of a bad blob were let out");
+        assert!(
+            bad.length < blob.size(),
+            "all {size} bytes of a bad blob were let out"
+        );
     }
 }
 
@@ -147,8 +194,13 @@ async fn one_wrong_bit_keeps_the_last_bytes_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_wrong_bit_keeps_the_end_of_an_open_range_back() {
     let (registry, cache, blob) = up_with_blob(3_000_000).await;
-    serve_badly(&registry, faults::serve(&blob, ServeOptions::new().data(blob.spoiled())));
-    let bad = cache.send(Request::get(&blob_path("up", REPO, blob.digest)).range("1000000-")).await;
+    serve_badly(
+        &registry,
+        faults::serve(&blob, ServeOptions::new().data(blob.spoiled())),
+    );
+    let bad = cache
+        .send(Request::get(&blob_path("up", REPO, blob.digest)).range("1000000-"))
+        .await;
     assert!(bad.is_refused(), "{bad}");
     assert_holds_nothing(&cache).await;
     cache.check_invariants().await;
@@ -159,11 +211,22 @@ async fn one_wrong_bit_keeps_the_end_of_an_open_range_back() {
 async fn a_closed_range_of_a_blob_in_flight_is_marked_unverified() {
     let (registry, cache, blob) = up_with_blob(400_000).await;
     let gate = Gate::new();
-    serve_badly(&registry, faults::serve(&blob, ServeOptions::new().pause(200_000, &gate)));
+    serve_badly(
+        &registry,
+        faults::serve(&blob, ServeOptions::new().pause(200_000, &gate)),
+    );
     let ask = || Request::get(&blob_path("up", REPO, blob.digest)).range("1000-1999");
     let early = cache.send(ask()).await;
-    assert_eq!((early.status, early.body == blob.data.slice(1000..2000)), (206, true), "{early}");
-    assert!(said(&early).contains("detail=unverified"), "{}", said(&early));
+    assert_eq!(
+        (early.status, early.body == blob.data.slice(1000..2000)),
+        (206, true),
+        "{early}"
+    );
+    assert!(
+        said(&early).contains("detail=unverified"),
+        "{}",
+        said(&early)
+    );
     gate.open();
     cache.wait_until_stored(&blob.digest).await;
     let late = cache.send(ask()).await;
@@ -176,7 +239,10 @@ async fn a_closed_range_of_a_blob_in_flight_is_marked_unverified() {
 #[tokio::test(flavor = "multi_thread")]
 async fn another_blobs_bytes_are_not_this_blob() {
     let (registry, cache, blob) = up_with_blob(100_000).await;
-    serve_badly(&registry, faults::serve(&blob, ServeOptions::new().data(different(100_000))));
+    serve_badly(
+        &registry,
+        faults::serve(&blob, ServeOptions::new().data(different(100_000))),
+    );
     refused_then_clean(&registry, &cache, &blob).await;
 }
 
@@ -226,10 +292,22 @@ fn bad_manifests() -> Vec<(&'static str, Content)> {
         "layers": [image.layer().descriptor()], "manifests": [image.manifest.descriptor()]});
     vec![
         ("both", Content::json(&both, OCI_MANIFEST)),
-        ("mistyped", Content::new(image.manifest.data.clone(), DOCKER_MANIFEST)),
-        ("as-index", Content::new(image.manifest.data.clone(), OCI_INDEX)),
-        ("broken", Content::new("{\"schemaVersion\": 2,", OCI_MANIFEST)),
-        ("html", Content::new("<html><body>Please log in</body></html>", "text/html")),
+        (
+            "mistyped",
+            Content::new(image.manifest.data.clone(), DOCKER_MANIFEST),
+        ),
+        (
+            "as-index",
+            Content::new(image.manifest.data.clone(), OCI_INDEX),
+        ),
+        (
+            "broken",
+            Content::new("{\"schemaVersion\": 2,", OCI_MANIFEST),
+        ),
+        (
+            "html",
+            Content::new("<html><body>Please log in</body></html>", "text/html"),
+        ),
         ("array", Content::new("[]", OCI_MANIFEST)),
     ]
 }
@@ -238,11 +316,20 @@ fn bad_manifests() -> Vec<(&'static str, Content)> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_manifest_that_hashes_to_something_else_is_refused() {
     let (registry, cache) = up().await;
-    let (asked, sent) = (ImageSpec::new(REPO, "a").build(), ImageSpec::new(REPO, "b").build());
+    let (asked, sent) = (
+        ImageSpec::new(REPO, "a").build(),
+        ImageSpec::new(REPO, "b").build(),
+    );
     registry.put_manifest_as(REPO, &asked.digest().to_string(), &sent.manifest);
     assert_refused(&cache.manifest("up", REPO, asked.digest()).await, &[502]);
-    let lie = [("Content-Type", OCI_MANIFEST), (DIGEST, &asked.digest().to_string())];
-    registry.script(Matcher::manifests().of("lie"), as_it_is(&sent.manifest, &lie));
+    let lie = [
+        ("Content-Type", OCI_MANIFEST),
+        (DIGEST, &asked.digest().to_string()),
+    ];
+    registry.script(
+        Matcher::manifests().of("lie"),
+        as_it_is(&sent.manifest, &lie),
+    );
     assert_refused(&cache.manifest("up", REPO, "lie").await, &[502]);
     assert_holds_nothing(&cache).await;
     cache.check_invariants().await;
@@ -260,15 +347,31 @@ async fn a_tag_that_moves_between_head_and_get_stays_consistent() {
         }
         let digest = first.digest().to_string();
         let headers = [("Content-Type", OCI_MANIFEST), (DIGEST, digest.as_str())];
-        registry.script((Kind::Manifest, "HEAD", "v1"), as_it_is(&first.manifest, &headers));
-        assert_eq!(cache.head_manifest("up", REPO, "v1").await.header(DIGEST), Some(digest.as_str()));
-        let wanted = if first_is_there { &first.manifest } else { &second.manifest };
+        registry.script(
+            (Kind::Manifest, "HEAD", "v1"),
+            as_it_is(&first.manifest, &headers),
+        );
+        assert_eq!(
+            cache.head_manifest("up", REPO, "v1").await.header(DIGEST),
+            Some(digest.as_str())
+        );
+        let wanted = if first_is_there {
+            &first.manifest
+        } else {
+            &second.manifest
+        };
         for _ in 0..2 {
             let answer = cache.manifest("up", REPO, "v1").await;
             assert_good(&answer, wanted);
-            assert_eq!(answer.header(DIGEST), Some(wanted.digest.to_string().as_str()));
+            assert_eq!(
+                answer.header(DIGEST),
+                Some(wanted.digest.to_string().as_str())
+            );
         }
-        let mut asked = vec![head_manifest(REPO, "v1"), get_manifest(REPO, first.digest())];
+        let mut asked = vec![
+            head_manifest(REPO, "v1"),
+            get_manifest(REPO, first.digest()),
+        ];
         if !first_is_there {
             asked.push(get_manifest(REPO, "v1"));
         }

@@ -5,13 +5,14 @@ use std::time::Duration;
 use testbed::cache::{blob_path, manifest_path};
 use testbed::client::storm;
 use testbed::{
-    Background, CacheProcess, Content, Gate, ImageSpec, Kind, Registry, Request, Response, ServeOptions, assert_good,
-    eventually, faults,
+    Background, CacheProcess, Content, Gate, ImageSpec, Kind, Registry, Request, Response,
+    ServeOptions, assert_good, eventually, faults,
 };
 use tokio::time::sleep;
 
 use crate::stage::{
-    REPO, assert_holds, assert_holds_nothing, get_blob, get_manifest, head_manifest, said, up, up_as, up_with_blob,
+    REPO, assert_holds, assert_holds_nothing, get_blob, get_manifest, head_manifest, said, up,
+    up_as, up_with_blob,
 };
 
 const MIB: u64 = 1 << 20;
@@ -26,10 +27,18 @@ fn whole(blob: &Content) -> Request {
 }
 
 /// So many clients, each of which has read this much already.
-async fn readers(cache: &CacheProcess, blob: &Content, count: usize, bytes: u64) -> Vec<testbed::Incoming> {
+async fn readers(
+    cache: &CacheProcess,
+    blob: &Content,
+    count: usize,
+    bytes: u64,
+) -> Vec<testbed::Incoming> {
     let mut readers = Vec::new();
     for _ in 0..count {
-        let mut reader = whole(blob).open(cache.port()).await.unwrap_or_else(|failed| panic!("{failed}: {}", failed.error));
+        let mut reader = whole(blob)
+            .open(cache.port())
+            .await
+            .unwrap_or_else(|failed| panic!("{failed}: {}", failed.error));
         assert!(reader.read(bytes).await, "{}", reader.response);
         readers.push(reader);
     }
@@ -46,7 +55,12 @@ async fn finish_all(readers: Vec<testbed::Incoming>) -> Vec<Response> {
 
 fn all_right(responses: &[Response]) {
     for (n, response) in responses.iter().enumerate() {
-        assert!(response.is_right(), "client {n} of {}: {response} ({:?})", responses.len(), response.right);
+        assert!(
+            response.is_right(),
+            "client {n} of {}: {response} ({:?})",
+            responses.len(),
+            response.right
+        );
     }
 }
 
@@ -59,12 +73,33 @@ async fn five_hundred_clients_cost_one_transfer() {
     let before = cache.anonymous_memory();
     // Each has its first byte while the upstream is still at the half.
     let readers = readers(&cache, &blob, 500, 1).await;
-    let statuses: Vec<&str> = readers.iter().map(|reader| said(&reader.response)).collect();
-    assert_eq!(statuses.iter().filter(|said| said.contains("stored")).count(), 1, "one leads");
-    assert_eq!(statuses.iter().filter(|said| said.contains("collapsed")).count(), 499, "all others follow");
+    let statuses: Vec<&str> = readers
+        .iter()
+        .map(|reader| said(&reader.response))
+        .collect();
+    assert_eq!(
+        statuses
+            .iter()
+            .filter(|said| said.contains("stored"))
+            .count(),
+        1,
+        "one leads"
+    );
+    assert_eq!(
+        statuses
+            .iter()
+            .filter(|said| said.contains("collapsed"))
+            .count(),
+        499,
+        "all others follow"
+    );
     gate.open();
     all_right(&finish_all(readers).await);
-    assert!(cache.anonymous_memory() < before + (64 << 20), "{before} grew to {}", cache.anonymous_memory());
+    assert!(
+        cache.anonymous_memory() < before + (64 << 20),
+        "{before} grew to {}",
+        cache.anonymous_memory()
+    );
     assert_eq!(registry.requests(), [get_blob(REPO, blob.digest)]);
     assert_eq!(registry.sent(Kind::Blob), blob.size());
     assert_holds(&cache, [&blob]).await;
@@ -84,7 +119,10 @@ async fn the_leaders_leaving_ends_nobodys_transfer() {
     let responses = finish_all(all).await;
     assert_eq!(responses.len(), 99);
     all_right(&responses);
-    assert_eq!((registry.count(Kind::Blob), registry.sent(Kind::Blob)), (1, blob.size()));
+    assert_eq!(
+        (registry.count(Kind::Blob), registry.sent(Kind::Blob)),
+        (1, blob.size())
+    );
     assert_holds(&cache, [&blob]).await;
     cache.check_invariants().await;
 }
@@ -109,7 +147,11 @@ async fn a_small_blob_that_everybody_left_is_finished() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_reader_holds_nobody_up() {
     let (registry, cache, blob) = up_with_blob(8 << 20).await;
-    let crawl = || whole(&blob).receive_buffer(4096).pace(1024, Duration::from_millis(100));
+    let crawl = || {
+        whole(&blob)
+            .receive_buffer(4096)
+            .pace(1024, Duration::from_millis(100))
+    };
     let before = cache.anonymous_memory();
     let mut slow = Vec::new();
     for _ in 0..20 {
@@ -117,7 +159,11 @@ async fn a_slow_reader_holds_nobody_up() {
     }
     let fast = whole(&blob).send(cache.port()).await;
     assert!(fast.is_right(), "{fast}");
-    assert!(cache.anonymous_memory() < before + (32 << 20), "{before} grew to {}", cache.anonymous_memory());
+    assert!(
+        cache.anonymous_memory() < before + (32 << 20),
+        "{before} grew to {}",
+        cache.anonymous_memory()
+    );
     for mut reader in slow {
         assert!(reader.read(5000).await, "{}", reader.response);
         assert_eq!(reader.response.right, Some(true));
@@ -134,14 +180,20 @@ async fn a_reset_in_the_middle_is_seen_by_nobody() {
     let (registry, cache, blob) = up_with_blob(4 << 20).await;
     let gate = Gate::new();
     let broken = ServeOptions::new().pause(MIB, &gate).reset_at(2 * MIB);
-    registry.script((Kind::Blob, "GET"), faults::sequence(vec![faults::serve(&blob, broken), faults::usual()]));
+    registry.script(
+        (Kind::Blob, "GET"),
+        faults::sequence(vec![faults::serve(&blob, broken), faults::usual()]),
+    );
     let readers = readers(&cache, &blob, 200, 1).await;
     gate.open();
     all_right(&finish_all(readers).await);
     let gets = registry.entries((Kind::Blob, "GET"));
     assert_eq!(gets.len(), 2, "{:?}", registry.requests());
     let again = gets[1].header("range").unwrap_or_default();
-    assert!(again.ends_with(&format!("-{}", blob.size() - 1)), "asked again by {again:?}");
+    assert!(
+        again.ends_with(&format!("-{}", blob.size() - 1)),
+        "asked again by {again:?}"
+    );
     assert_holds(&cache, [&blob]).await;
     cache.check_invariants().await;
 }
@@ -154,7 +206,10 @@ async fn a_storm_on_a_bad_blob_is_no_storm_on_the_upstream() {
     let responses = whole(&blob).storm(cache.port(), 300).await;
     for response in &responses {
         assert!(response.is_refused(), "a bad blob was served as {response}");
-        assert!(response.length < blob.size(), "all bytes of a bad blob were let out");
+        assert!(
+            response.length < blob.size(),
+            "all bytes of a bad blob were let out"
+        );
     }
     let asked = registry.count(Kind::Blob);
     assert!(asked <= 10, "300 clients became {asked} requests");
@@ -180,7 +235,10 @@ async fn a_storm_on_an_expired_tag_is_one_head() {
         let response = background.response().await;
         assert!(response.is_right(), "{response}");
     }
-    assert_eq!(registry.requests(), [get_manifest(REPO, "v1"), head_manifest(REPO, "v1")]);
+    assert_eq!(
+        registry.requests(),
+        [get_manifest(REPO, "v1"), head_manifest(REPO, "v1")]
+    );
     cache.check_invariants().await;
 }
 
@@ -208,11 +266,22 @@ async fn heads_gets_and_ranges_together_cost_one_get() {
             .range(&format!("{}-{}", n * 10_000, n * 10_000 + 49_999))
             .compare_from(&blob.data, n * 10_000),
     });
-    for (n, response) in storm(cache.port(), requests.collect()).await.iter().enumerate() {
+    for (n, response) in storm(cache.port(), requests.collect())
+        .await
+        .iter()
+        .enumerate()
+    {
         let right = match n % 3 {
             0 => response.status == 200 && response.number("content-length") == Some(blob.size()),
             1 => response.is_right(),
-            _ => (response.status, response.length, response.right, response.complete) == (206, 50_000, Some(true), true),
+            _ => {
+                (
+                    response.status,
+                    response.length,
+                    response.right,
+                    response.complete,
+                ) == (206, 50_000, Some(true), true)
+            }
         };
         assert!(right, "request {n}: {response}");
     }
@@ -228,16 +297,33 @@ async fn an_open_range_of_a_cold_blob_flows_before_the_blob_is_in() {
     let (registry, cache, blob) = up_with_blob(1 << 20).await;
     let gate = Gate::new();
     blobs_by(&registry, &blob, ServeOptions::new().pause(600_000, &gate));
-    let request = Request::get(&blob_path("up", REPO, blob.digest)).range("5000-").compare_from(&blob.data, 5000);
+    let request = Request::get(&blob_path("up", REPO, blob.digest))
+        .range("5000-")
+        .compare_from(&blob.data, 5000);
     let mut reader = request.open(cache.port()).await.expect("a head");
     let size = blob.size();
     assert_eq!(reader.response.status, 206);
-    assert_eq!(reader.response.header("content-range"), Some(format!("bytes 5000-{}/{size}", size - 1).as_str()));
-    assert!(reader.read(500_000).await, "nothing flows: {}", reader.response);
-    assert_eq!(gate.waiting(), 1, "the upstream is not at the half any more");
+    assert_eq!(
+        reader.response.header("content-range"),
+        Some(format!("bytes 5000-{}/{size}", size - 1).as_str())
+    );
+    assert!(
+        reader.read(500_000).await,
+        "nothing flows: {}",
+        reader.response
+    );
+    assert_eq!(
+        gate.waiting(),
+        1,
+        "the upstream is not at the half any more"
+    );
     gate.open();
     let response = reader.finish().await;
-    assert_eq!((response.length, response.right, response.complete), (size - 5000, Some(true), true), "{response}");
+    assert_eq!(
+        (response.length, response.right, response.complete),
+        (size - 5000, Some(true), true),
+        "{response}"
+    );
     assert_eq!(registry.requests(), [get_blob(REPO, blob.digest)]);
     assert_holds(&cache, [&blob]).await;
     cache.check_invariants().await;
@@ -253,8 +339,16 @@ async fn four_open_ranges_that_hang_up_early_cost_one_transfer() {
             .compare_from(&blob.data, n * MIB)
             .stop_after(MIB)
     });
-    for (n, response) in storm(cache.port(), requests.collect()).await.iter().enumerate() {
-        assert_eq!((response.status, response.length, response.right), (206, MIB, Some(true)), "slice {n}: {response}");
+    for (n, response) in storm(cache.port(), requests.collect())
+        .await
+        .iter()
+        .enumerate()
+    {
+        assert_eq!(
+            (response.status, response.length, response.right),
+            (206, MIB, Some(true)),
+            "slice {n}: {response}"
+        );
     }
     assert_holds(&cache, [&blob]).await;
     assert_eq!(registry.requests(), [get_blob(REPO, blob.digest)]);
@@ -270,9 +364,15 @@ async fn another_repository_joins_by_its_own_right() {
     let gate = Gate::new();
     blobs_by(&registry, &blob, ServeOptions::new().pause(500_000, &gate));
     let leader = readers(&cache, &blob, 1, 1).await;
-    let twin = Request::get(&blob_path("up", "lib/twin", blob.digest)).compare(&blob.data).start(cache.port());
+    let twin = Request::get(&blob_path("up", "lib/twin", blob.digest))
+        .compare(&blob.data)
+        .start(cache.port());
     let stranger = cache.blob("up", "lib/stranger", blob.digest).await;
-    assert_eq!((stranger.status, stranger.error_code().as_str()), (404, "BLOB_UNKNOWN"), "{stranger}");
+    assert_eq!(
+        (stranger.status, stranger.error_code().as_str()),
+        (404, "BLOB_UNKNOWN"),
+        "{stranger}"
+    );
     gate.open();
     all_right(&finish_all(leader).await);
     assert!(twin.response().await.is_right());

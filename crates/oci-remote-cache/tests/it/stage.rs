@@ -1,10 +1,14 @@
 //! What every test stands on: one registry behind one cache, and the questions asked of both at the end.
 
+use std::borrow::Borrow;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use oci::Digest;
-use testbed::{CacheBuilder, CacheProcess, Content, Handler, Image, ImageSpec, Registry, Response, Upstream, eventually};
+use testbed::{
+    CacheBuilder, CacheProcess, Content, Handler, Image, ImageSpec, Registry, Response, Upstream,
+    eventually,
+};
 use tokio::time::sleep;
 
 /// The binary under test.
@@ -55,8 +59,14 @@ pub(crate) async fn up_with_blob(size: usize) -> (Registry, CacheProcess, Conten
 }
 
 /// Fails unless the store comes to hold exactly these.
-pub(crate) async fn assert_holds<'a>(cache: &CacheProcess, contents: impl IntoIterator<Item = &'a Content>) {
-    let wanted: BTreeSet<String> = contents.into_iter().map(|content| content.digest.to_string()).collect();
+pub(crate) async fn assert_holds<C: Borrow<Content>>(
+    cache: &CacheProcess,
+    contents: impl IntoIterator<Item = C>,
+) {
+    let wanted: BTreeSet<String> = contents
+        .into_iter()
+        .map(|content| content.borrow().digest.to_string())
+        .collect();
     let same = eventually(Duration::from_secs(8), || stored(cache) == wanted).await;
     assert!(same, "stored: {:?}\nwanted: {wanted:?}", stored(cache));
 }
@@ -64,7 +74,7 @@ pub(crate) async fn assert_holds<'a>(cache: &CacheProcess, contents: impl IntoIt
 /// Fails unless nothing is stored, and nothing comes a moment later.
 pub(crate) async fn assert_holds_nothing(cache: &CacheProcess) {
     sleep(Duration::from_millis(300)).await;
-    assert_holds(cache, []).await;
+    assert_holds::<Content>(cache, []).await;
     let swept = eventually(Duration::from_secs(1), || cache.spool_files().is_empty()).await;
     assert!(swept, "left in the spool: {:?}", cache.spool_files());
 }
@@ -76,9 +86,21 @@ pub(crate) fn assert_refused(response: &Response, statuses: &[u16]) {
         "got {response}, want one of {statuses:?}: {}",
         response.text()
     );
-    assert!(!response.error_code().is_empty(), "no error body under {response}: {}", response.text());
-    assert_eq!(response.header("content-type"), Some("application/json"), "{response}");
-    assert_eq!(response.all("www-authenticate"), Vec::<&str>::new(), "a challenge was passed on");
+    assert!(
+        !response.error_code().is_empty(),
+        "no error body under {response}: {}",
+        response.text()
+    );
+    assert_eq!(
+        response.header("content-type"),
+        Some("application/json"),
+        "{response}"
+    );
+    assert_eq!(
+        response.all("www-authenticate"),
+        Vec::<&str>::new(),
+        "a challenge was passed on"
+    );
 }
 
 /// What the cache says it did.
@@ -125,5 +147,9 @@ pub(crate) fn as_it_is(content: &Content, headers: &[(&str, &str)]) -> Handler {
 }
 
 fn stored(cache: &CacheProcess) -> BTreeSet<String> {
-    cache.stored().into_iter().map(|file| format!("{}:{}", file.algorithm, file.hex)).collect()
+    cache
+        .stored()
+        .into_iter()
+        .map(|file| format!("{}:{}", file.algorithm, file.hex))
+        .collect()
 }

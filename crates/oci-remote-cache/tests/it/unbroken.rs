@@ -5,14 +5,14 @@ use std::time::Duration;
 use testbed::cache::blob_path;
 use testbed::image::OCI_MANIFEST;
 use testbed::{
-    CacheProcess, Content, Ending, Entry, Gate, Handler, ImageSpec, Kind, Matcher, Origin, Registry, Request, Response,
-    ServeOptions, Upstream, assert_good, faults,
+    CacheProcess, Content, Ending, Entry, Gate, Handler, ImageSpec, Kind, Matcher, Origin,
+    Registry, Request, Response, ServeOptions, Upstream, assert_good, faults,
 };
 use tokio::time::{Instant, sleep};
 
 use crate::stage::{
-    AFTER_A_FAILURE, REPO, assert_holds, assert_holds_nothing, assert_refused, cache, get_manifest, up, up_with_blob,
-    up_with_image,
+    AFTER_A_FAILURE, REPO, assert_holds, assert_holds_nothing, assert_refused, cache, get_manifest,
+    up, up_with_blob, up_with_image,
 };
 
 const HALF: u64 = 500_000;
@@ -23,12 +23,18 @@ fn blob_gets(registry: &Registry, handlers: Vec<Handler>) {
 }
 
 async fn fetch(cache: &CacheProcess, blob: &Content) -> Response {
-    Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data).send(cache.port()).await
+    Request::get(&blob_path("up", REPO, blob.digest))
+        .compare(&blob.data)
+        .send(cache.port())
+        .await
 }
 
 /// The `Range` of each request for a blob.
 fn ranges(entries: &[Entry]) -> Vec<Option<String>> {
-    entries.iter().map(|entry| entry.header("range").map(str::to_owned)).collect()
+    entries
+        .iter()
+        .map(|entry| entry.header("range").map(str::to_owned))
+        .collect()
 }
 
 /// F01
@@ -37,18 +43,32 @@ async fn a_body_that_closes_early_is_continued() {
     for ending in [Ending::Close, Ending::Reset] {
         let (registry, cache, blob) = up_with_blob(SIZE).await;
         let options = ServeOptions::new();
-        let broken = if ending == Ending::Close { options.stop_at(HALF) } else { options.reset_at(HALF) };
-        blob_gets(&registry, vec![faults::serve(&blob, broken), faults::usual()]);
+        let broken = if ending == Ending::Close {
+            options.stop_at(HALF)
+        } else {
+            options.reset_at(HALF)
+        };
+        blob_gets(
+            &registry,
+            vec![faults::serve(&blob, broken), faults::usual()],
+        );
         let response = fetch(&cache, &blob).await;
         assert!(response.is_right(), "{ending:?}: {response}");
         let entries = registry.entries(Kind::Blob);
         assert_eq!(entries.len(), 2, "{:?}", registry.requests());
         let again = entries[1].header("range").unwrap_or_default().to_owned();
         if ending == Ending::Close {
-            assert_eq!(again, format!("bytes={HALF}-{}", SIZE - 1), "no byte is fetched twice");
+            assert_eq!(
+                again,
+                format!("bytes={HALF}-{}", SIZE - 1),
+                "no byte is fetched twice"
+            );
             assert_eq!(registry.sent(Kind::Blob), blob.size());
         } else {
-            assert!(again.ends_with(&format!("-{}", SIZE - 1)), "asked again by {again:?}");
+            assert!(
+                again.ends_with(&format!("-{}", SIZE - 1)),
+                "asked again by {again:?}"
+            );
         }
         assert_holds(&cache, [&blob]).await;
         cache.check_invariants().await;
@@ -62,7 +82,10 @@ async fn a_registry_without_ranges_is_read_again_up_to_the_break() {
     let broken = ServeOptions::new().without_ranges().stop_at(HALF);
     blob_gets(
         &registry,
-        vec![faults::serve(&blob, broken), faults::serve(&blob, ServeOptions::new().without_ranges())],
+        vec![
+            faults::serve(&blob, broken),
+            faults::serve(&blob, ServeOptions::new().without_ranges()),
+        ],
     );
     let response = fetch(&cache, &blob).await;
     assert!(response.is_right(), "{response}");
@@ -75,9 +98,15 @@ async fn a_registry_without_ranges_is_read_again_up_to_the_break() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_never_gets_further_ends_in_a_visible_failure() {
     let (registry, cache, blob) = up_with_blob(SIZE).await;
-    blob_gets(&registry, vec![faults::serve(&blob, ServeOptions::new().stop_at(HALF))]);
+    blob_gets(
+        &registry,
+        vec![faults::serve(&blob, ServeOptions::new().stop_at(HALF))],
+    );
     let response = fetch(&cache, &blob).await;
-    assert!(response.is_refused() && response.length < blob.size(), "{response}");
+    assert!(
+        response.is_refused() && response.length < blob.size(),
+        "{response}"
+    );
     let tries = registry.count(Kind::Blob);
     assert!((2..=12).contains(&tries), "{tries} tries");
     assert_holds_nothing(&cache).await;
@@ -96,7 +125,10 @@ async fn a_line_that_breaks_again_and_again_still_brings_the_blob() {
     blob_gets(&registry, broken.chain([faults::usual()]).collect());
     let response = fetch(&cache, &blob).await;
     assert!(response.is_right(), "{response}");
-    assert_eq!((registry.count(Kind::Blob), registry.sent(Kind::Blob)), (10, blob.size()));
+    assert_eq!(
+        (registry.count(Kind::Blob), registry.sent(Kind::Blob)),
+        (10, blob.size())
+    );
     assert_holds(&cache, [&blob]).await;
     cache.check_invariants().await;
 }
@@ -106,12 +138,25 @@ async fn a_line_that_breaks_again_and_again_still_brings_the_blob() {
 #[ignore = "waits out the stall limit of half a minute"]
 async fn a_body_that_stalls_is_continued() {
     let (registry, cache, blob) = up_with_blob(SIZE).await;
-    blob_gets(&registry, vec![faults::serve(&blob, ServeOptions::new().stall_at(HALF)), faults::usual()]);
+    blob_gets(
+        &registry,
+        vec![
+            faults::serve(&blob, ServeOptions::new().stall_at(HALF)),
+            faults::usual(),
+        ],
+    );
     let began = Instant::now();
     let request = Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data);
-    let response = request.timeout(Duration::from_secs(90)).send(cache.port()).await;
+    let response = request
+        .timeout(Duration::from_secs(90))
+        .send(cache.port())
+        .await;
     assert!(response.is_right(), "{response}");
-    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(60),
+        "{:?}",
+        began.elapsed()
+    );
     assert_eq!(registry.count(Kind::Blob), 2);
     assert_holds(&cache, [&blob]).await;
     cache.check_invariants().await;
@@ -122,9 +167,18 @@ async fn a_body_that_stalls_is_continued() {
 #[ignore = "waits out the slowest rate that is borne, over a minute"]
 async fn a_body_that_drips_is_given_up_or_continued() {
     let (registry, cache, blob) = up_with_blob(SIZE).await;
-    blob_gets(&registry, vec![faults::serve(&blob, ServeOptions::new().rate(1)), faults::usual()]);
+    blob_gets(
+        &registry,
+        vec![
+            faults::serve(&blob, ServeOptions::new().rate(1)),
+            faults::usual(),
+        ],
+    );
     let request = Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data);
-    let response = request.timeout(Duration::from_secs(120)).send(cache.port()).await;
+    let response = request
+        .timeout(Duration::from_secs(120))
+        .send(cache.port())
+        .await;
     assert!(response.is_right() || response.is_refused(), "{response}");
     assert_ne!(response.error, "timed out in the body");
     cache.check_invariants().await;
@@ -137,12 +191,24 @@ async fn one_server_error_is_seen_by_nobody() {
     for status in [500, 502, 503, 504] {
         let blob = Content::blob(SIZE, &status.to_string());
         registry.put_blob(REPO, &blob);
-        registry.script(Matcher::blobs().of(blob.digest).once(), faults::error(status, "UNKNOWN", &[]));
+        registry.script(
+            Matcher::blobs().of(blob.digest).once(),
+            faults::error(status, "UNKNOWN", &[]),
+        );
         let image = registry.put_image(&ImageSpec::new(REPO, &format!("v{status}")));
-        registry.script(Matcher::manifests().of(&image.tag).once(), faults::error(status, "UNKNOWN", &[]));
+        registry.script(
+            Matcher::manifests().of(&image.tag).once(),
+            faults::error(status, "UNKNOWN", &[]),
+        );
         assert!(fetch(&cache, &blob).await.is_right(), "{status}");
-        assert_good(&cache.manifest("up", REPO, &image.tag).await, &image.manifest);
-        assert_eq!((registry.count(Kind::Blob), registry.count(Kind::Manifest)), (2, 2));
+        assert_good(
+            &cache.manifest("up", REPO, &image.tag).await,
+            &image.manifest,
+        );
+        assert_eq!(
+            (registry.count(Kind::Blob), registry.count(Kind::Manifest)),
+            (2, 2)
+        );
         registry.clear_log();
         assert_holds(&cache, [&blob, &image.manifest]).await;
         cache.restart_empty().await;
@@ -155,7 +221,10 @@ async fn one_server_error_is_seen_by_nobody() {
 async fn four_server_errors_in_a_row_are_seen_by_nobody() {
     let (registry, cache, blob) = up_with_blob(SIZE).await;
     let errors = [500, 502, 503, 504].map(|status| faults::error(status, "UNKNOWN", &[]));
-    blob_gets(&registry, errors.into_iter().chain([faults::usual()]).collect());
+    blob_gets(
+        &registry,
+        errors.into_iter().chain([faults::usual()]).collect(),
+    );
     let response = fetch(&cache, &blob).await;
     assert!(response.is_right(), "{response}");
     assert_eq!(registry.count(Kind::Blob), 5);
@@ -181,7 +250,16 @@ async fn errors_in_the_middle_of_a_blob_are_seen_by_nobody() {
     assert!(response.is_right(), "{response}");
     let rest = format!("bytes={HALF}-{}", SIZE - 1);
     let asked = ranges(&registry.entries(Kind::Blob));
-    assert_eq!(asked, [None, Some(rest.clone()), Some(rest.clone()), Some(rest.clone()), Some(rest)]);
+    assert_eq!(
+        asked,
+        [
+            None,
+            Some(rest.clone()),
+            Some(rest.clone()),
+            Some(rest.clone()),
+            Some(rest)
+        ]
+    );
     assert_holds(&cache, [&blob]).await;
     cache.check_invariants().await;
 }
@@ -192,7 +270,14 @@ async fn a_registry_that_hangs_up_is_asked_again() {
     let (registry, cache, image) = up_with_image().await;
     registry.script(Matcher::any().times(2), faults::drop_connection());
     assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
-    assert_eq!(registry.requests(), [get_manifest(REPO, "v1"), get_manifest(REPO, "v1"), get_manifest(REPO, "v1")]);
+    assert_eq!(
+        registry.requests(),
+        [
+            get_manifest(REPO, "v1"),
+            get_manifest(REPO, "v1"),
+            get_manifest(REPO, "v1")
+        ]
+    );
     assert_holds(&cache, [&image.manifest]).await;
     cache.check_invariants().await;
 }
@@ -206,9 +291,19 @@ async fn a_short_rate_limit_is_waited_for() {
     registry.script(Matcher::blobs().once(), limit);
     let began = Instant::now();
     assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
-    assert!(began.elapsed() >= Duration::from_millis(900), "asked again after {:?}", began.elapsed());
-    assert_good(&cache.blob("up", REPO, image.layer().digest).await, image.layer());
-    assert_eq!((registry.count(Kind::Manifest), registry.count(Kind::Blob)), (2, 2));
+    assert!(
+        began.elapsed() >= Duration::from_millis(900),
+        "asked again after {:?}",
+        began.elapsed()
+    );
+    assert_good(
+        &cache.blob("up", REPO, image.layer().digest).await,
+        image.layer(),
+    );
+    assert_eq!(
+        (registry.count(Kind::Manifest), registry.count(Kind::Blob)),
+        (2, 2)
+    );
     assert_holds(&cache, [&image.manifest, image.layer()]).await;
     cache.check_invariants().await;
 }
@@ -216,14 +311,29 @@ async fn a_short_rate_limit_is_waited_for() {
 /// F14
 #[tokio::test(flavor = "multi_thread")]
 async fn a_long_rate_limit_is_passed_on_and_kept() {
-    let forms = ["120", "Fri, 31 Dec 9999 23:59:59 GMT", "4102444800", "", "-5", "soon", "999999999"];
+    let forms = [
+        "120",
+        "Fri, 31 Dec 9999 23:59:59 GMT",
+        "4102444800",
+        "",
+        "-5",
+        "soon",
+        "999999999",
+    ];
     let mut registries = Vec::new();
     let mut builder = cache();
     for (n, form) in forms.iter().enumerate() {
         let registry = Registry::start().await;
         let headers = [("Retry-After", *form)];
-        let headers = if form.is_empty() { &[] } else { headers.as_slice() };
-        registry.script(Matcher::any(), faults::error(429, "TOOMANYREQUESTS", headers));
+        let headers = if form.is_empty() {
+            &[]
+        } else {
+            headers.as_slice()
+        };
+        registry.script(
+            Matcher::any(),
+            faults::error(429, "TOOMANYREQUESTS", headers),
+        );
         builder = builder.upstream(Upstream::new(&format!("up{n}"), registry.url()));
         registries.push(registry);
     }
@@ -233,14 +343,37 @@ async fn a_long_rate_limit_is_passed_on_and_kept() {
         let first = cache.manifest(&key, REPO, "v1").await;
         let asked = registry.requests().len();
         assert!((1..=3).contains(&asked), "{form:?}: {asked} requests");
-        for answer in [first, cache.manifest(&key, REPO, "v1").await, cache.manifest(&key, "other/app", "v2").await] {
+        for answer in [
+            first,
+            cache.manifest(&key, REPO, "v1").await,
+            cache.manifest(&key, "other/app", "v2").await,
+        ] {
             assert_refused(&answer, &[429]);
             assert_eq!(answer.error_code(), "TOOMANYREQUESTS");
             let wait = answer.number("retry-after").unwrap_or_default();
             assert!((1..=300).contains(&wait), "{form:?}: Retry-After {wait}");
         }
-        assert_eq!(registry.requests().len(), asked, "{form:?}: asked in spite of the limit");
+        assert_eq!(
+            registry.requests().len(),
+            asked,
+            "{form:?}: asked in spite of the limit"
+        );
     }
+    assert_holds_nothing(&cache).await;
+    cache.check_invariants().await;
+}
+
+/// F14: a limit that is over already is a limit of one second, which is waited for once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rate_limit_of_less_than_nothing_is_one_of_a_second() {
+    let (registry, cache, _image) = up_with_image().await;
+    registry.script(Matcher::any(), faults::error(429, "TOOMANYREQUESTS", &[("Retry-After", "-5")]));
+    let began = Instant::now();
+    let answer = cache.manifest("up", REPO, "v1").await;
+    assert_refused(&answer, &[429]);
+    assert!((1..=300).contains(&answer.number("retry-after").unwrap_or_default()), "{:?}", answer.headers);
+    assert!(began.elapsed() >= Duration::from_millis(900), "asked again after {:?}", began.elapsed());
+    assert_eq!(registry.count(Kind::Manifest), 2);
     assert_holds_nothing(&cache).await;
     cache.check_invariants().await;
 }
@@ -251,7 +384,8 @@ async fn behind_a_cdn(blob: &Content) -> (Registry, Origin, CacheProcess) {
     let origin = Origin::start().await;
     origin.hold(blob);
     registry.put_blob(REPO, blob);
-    let signed = (1..20).map(|n| faults::redirect(&origin.location(blob.digest, &format!("sig={n}")), 307));
+    let signed =
+        (1..20).map(|n| faults::redirect(&origin.location(blob.digest, &format!("sig={n}")), 307));
     blob_gets(&registry, signed.collect());
     (registry, origin, cache)
 }
@@ -262,12 +396,20 @@ async fn an_expired_url_is_renewed() {
     for status in [400, 403, 410] {
         let blob = Content::blob(SIZE, "signed");
         let (registry, origin, cache) = behind_a_cdn(&blob).await;
-        let expired = faults::status(status, &[("Content-Type", "application/xml")], "<Error><Code>Expired</Code></Error>");
+        let expired = faults::status(
+            status,
+            &[("Content-Type", "application/xml")],
+            "<Error><Code>Expired</Code></Error>",
+        );
         origin.script(Matcher::any().query("sig=1"), expired);
         let response = fetch(&cache, &blob).await;
         assert!(response.is_right(), "{status}: {response}");
         assert_eq!(registry.count(Kind::Blob), 2, "{status}");
-        let queries: Vec<String> = origin.log().iter().map(|entry| entry.query.clone()).collect();
+        let queries: Vec<String> = origin
+            .log()
+            .iter()
+            .map(|entry| entry.query.clone())
+            .collect();
         assert_eq!(queries, ["sig=1", "sig=2"]);
         assert_holds(&cache, [&blob]).await;
         cache.check_invariants().await;
@@ -280,10 +422,18 @@ async fn a_url_that_never_works_is_given_up() {
     let blob = Content::blob(SIZE, "signed");
     let (registry, origin, cache) = behind_a_cdn(&blob).await;
     origin.script(Matcher::any(), faults::status(403, &[], "<Error/>"));
-    let response = fetch(&cache, &blob).await;
+    let response = cache.blob("up", REPO, blob.digest).await;
     assert_refused(&response, &[502, 503]);
-    assert!(!response.text().contains("sig="), "a signature was shown: {}", response.text());
-    assert!(registry.count(Kind::Blob) <= 4, "{} requests", registry.count(Kind::Blob));
+    assert!(
+        !response.text().contains("sig="),
+        "a signature was shown: {}",
+        response.text()
+    );
+    assert!(
+        registry.count(Kind::Blob) <= 4,
+        "{} requests",
+        registry.count(Kind::Blob)
+    );
     assert_holds_nothing(&cache).await;
     cache.check_invariants().await;
 }
@@ -295,14 +445,29 @@ async fn a_url_that_expires_in_the_middle_is_renewed_and_continued() {
     let (registry, origin, cache) = behind_a_cdn(&blob).await;
     let broken = faults::serve(&blob, ServeOptions::new().stop_at(HALF));
     let expired = faults::status(403, &[("Content-Type", "application/xml")], "<Error/>");
-    origin.script(Matcher::any().query("sig=1"), faults::sequence(vec![broken, expired.clone()]));
+    origin.script(
+        Matcher::any().query("sig=1"),
+        faults::sequence(vec![broken, expired.clone()]),
+    );
     origin.script(Matcher::any().query("sig=2"), expired);
     let response = fetch(&cache, &blob).await;
     assert!(response.is_right(), "{response}");
-    assert!((3..=4).contains(&registry.count(Kind::Blob)), "{:?}", registry.requests());
-    let last = origin.log().last().and_then(|entry| entry.header("range").map(str::to_owned));
+    assert!(
+        (3..=4).contains(&registry.count(Kind::Blob)),
+        "{:?}",
+        registry.requests()
+    );
+    let last = origin
+        .log()
+        .last()
+        .and_then(|entry| entry.header("range").map(str::to_owned));
     assert_eq!(last, Some(format!("bytes={HALF}-{}", SIZE - 1)));
-    let right: u64 = origin.log().iter().filter(|entry| entry.status < 300).map(|entry| entry.sent).sum();
+    let right: u64 = origin
+        .log()
+        .iter()
+        .filter(|entry| entry.status < 300)
+        .map(|entry| entry.sent)
+        .sum();
     assert_eq!(right, blob.size(), "bytes were fetched twice");
     assert_holds(&cache, [&blob]).await;
     cache.check_invariants().await;
@@ -314,17 +479,36 @@ async fn the_end_of_a_large_cold_blob_comes_at_once() {
     let (registry, cache, blob) = up_with_blob(48 << 20).await;
     let gate = Gate::new();
     // The plain GET stands at 4 MiB; a closed range beyond it is served at once.
-    registry.script((Kind::Blob, "GET"), faults::serve(&blob, ServeOptions::new().pause(4 << 20, &gate)));
+    registry.script(
+        (Kind::Blob, "GET"),
+        faults::serve(&blob, ServeOptions::new().pause(4 << 20, &gate)),
+    );
     let path = blob_path("up", REPO, blob.digest);
     let first = blob.size() - 1024;
-    let tail = Request::get(&path).range(&format!("{first}-{}", blob.size() - 1)).compare_from(&blob.data, first);
-    let tail = tail.timeout(Duration::from_secs(10)).send(cache.port()).await;
-    assert_eq!((tail.status, tail.length, tail.right), (206, 1024, Some(true)), "{tail}");
-    assert_eq!(tail.header("content-range"), Some(format!("bytes {first}-{}/{}", blob.size() - 1, blob.size()).as_str()));
+    let tail = Request::get(&path)
+        .range(&format!("{first}-{}", blob.size() - 1))
+        .compare_from(&blob.data, first);
+    let tail = tail
+        .timeout(Duration::from_secs(10))
+        .send(cache.port())
+        .await;
+    assert_eq!(
+        (tail.status, tail.length, tail.right),
+        (206, 1024, Some(true)),
+        "{tail}"
+    );
+    assert_eq!(
+        tail.header("content-range"),
+        Some(format!("bytes {first}-{}/{}", blob.size() - 1, blob.size()).as_str())
+    );
     gate.open();
     let whole = fetch(&cache, &blob).await;
     assert!(whole.is_right(), "{whole}");
-    assert!(registry.sent(Kind::Blob) <= blob.size() + blob.size() / 50, "{} bytes", registry.sent(Kind::Blob));
+    assert!(
+        registry.sent(Kind::Blob) <= blob.size() + blob.size() / 50,
+        "{} bytes",
+        registry.sent(Kind::Blob)
+    );
     assert_holds(&cache, [&blob]).await;
     cache.check_invariants().await;
 }
@@ -334,9 +518,15 @@ async fn the_end_of_a_large_cold_blob_comes_at_once() {
 async fn a_manifest_that_breaks_off_is_asked_for_again() {
     let (registry, cache, image) = up_with_image().await;
     let length = image.manifest.size().to_string();
-    let headers = [("Content-Type", OCI_MANIFEST), ("Content-Length", length.as_str())];
+    let headers = [
+        ("Content-Type", OCI_MANIFEST),
+        ("Content-Length", length.as_str()),
+    ];
     let half = image.manifest.data.slice(..image.manifest.data.len() / 2);
-    registry.script(Matcher::manifests().once(), faults::declared(&headers, half, Ending::Close));
+    registry.script(
+        Matcher::manifests().once(),
+        faults::declared(&headers, half, Ending::Close),
+    );
     assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
     assert_eq!(registry.count(Kind::Manifest), 2);
     assert_holds(&cache, [&image.manifest]).await;

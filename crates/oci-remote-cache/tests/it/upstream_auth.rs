@@ -7,13 +7,14 @@ use testbed::cache::{blob_path, manifest_path};
 use testbed::client::storm;
 use testbed::token::challenge;
 use testbed::{
-    Auth, Basic, Bearer, CacheProcess, Exchange, Image, ImageSpec, Kind, Registry, Request, Response, TokenServer,
-    Upstream, assert_good,
+    Auth, Basic, Bearer, CacheProcess, Exchange, Image, ImageSpec, Kind, Registry, Request,
+    Response, TokenServer, Upstream, assert_good,
 };
 use tokio::time::sleep;
 
 use crate::stage::{
-    REPO, assert_holds, assert_holds_nothing, assert_refused, cache, get_manifest, up, up_as, up_with_image,
+    REPO, assert_holds, assert_holds_nothing, assert_refused, cache, get_manifest, up, up_as,
+    up_with_image,
 };
 
 const USER: &str = "robot";
@@ -54,10 +55,17 @@ async fn a_challenge_is_answered_with_its_own_scope() {
     assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
     let asked = tokens.token_requests();
     assert_eq!(asked.len(), 1);
-    assert_eq!(asked[0].parameters("scope"), ["repository:lib/app:pull,push"]);
+    assert_eq!(
+        asked[0].parameters("scope"),
+        ["repository:lib/app:pull,push"]
+    );
     assert_eq!(asked[0].parameter("service").as_deref(), Some("testbed"));
     assert_eq!(asked[0].header("authorization"), None);
-    let wanted = [get_manifest(REPO, "v1"), "GET /token".to_owned(), get_manifest(REPO, "v1")];
+    let wanted = [
+        get_manifest(REPO, "v1"),
+        "GET /token".to_owned(),
+        get_manifest(REPO, "v1"),
+    ];
     assert_eq!(registry.requests(), wanted);
     assert_holds(&cache, [&image.manifest]).await;
     cache.check_invariants().await;
@@ -69,7 +77,11 @@ async fn one_token_pulls_a_whole_image() {
     let (registry, tokens, cache, image) = guarded().await;
     cache.pull("up", &image).await;
     assert_eq!((tokens.asked(), tokens.dead_tokens_seen()), (1, 0));
-    assert_eq!(registry.count(Kind::Blob), 2, "the blobs carried the token at once");
+    assert_eq!(
+        registry.count(Kind::Blob),
+        2,
+        "the blobs carried the token at once"
+    );
     assert_holds(&cache, [&image.manifest, &image.config, image.layer()]).await;
     cache.check_invariants().await;
 }
@@ -79,17 +91,53 @@ async fn one_token_pulls_a_whole_image() {
 async fn challenges_are_read_in_every_form() {
     type Form = fn(&str, &str) -> Vec<String>;
     let forms: [(&str, Form); 11] = [
-        ("two in one line", |r, s| vec![format!("Basic realm=\"x\", Bearer realm=\"{r}\",service=\"testbed\",scope=\"{s}\"")]),
-        ("bearer first in one line", |r, s| vec![format!("Bearer realm=\"{r}\",service=\"testbed\",scope=\"{s}\", Basic realm=\"x\"")]),
-        ("two lines", |r, s| [challenge(r, s), vec!["Basic realm=\"x\"".to_owned()]].concat()),
-        ("basic first", |r, s| [vec!["Basic realm=\"x\"".to_owned()], challenge(r, s)].concat()),
-        ("lower case", |r, s| vec![format!("bearer REALM=\"{r}\", Service=\"testbed\", scope=\"{s}\"")]),
-        ("unquoted", |r, _| vec![format!("Bearer realm=\"{r}\",service=testbed,error=invalid_token")]),
-        ("no service", |r, s| vec![format!("Bearer realm=\"{r}\",scope=\"{s}\"")]),
-        ("no scope", |r, _| vec![format!("Bearer realm=\"{r}\",service=\"testbed\"")]),
-        ("empty scope", |r, _| vec![format!("Bearer realm=\"{r}\",service=\"testbed\",scope=\"\"")]),
-        ("trailing comma", |r, s| vec![format!("Bearer realm=\"{r}\",service=\"testbed\",scope=\"{s}\",")]),
-        ("relative realm", |_, s| vec![format!("Bearer realm=\"/token\",service=\"testbed\",scope=\"{s}\"")]),
+        ("two in one line", |r, s| {
+            vec![format!(
+                "Basic realm=\"x\", Bearer realm=\"{r}\",service=\"testbed\",scope=\"{s}\""
+            )]
+        }),
+        ("bearer first in one line", |r, s| {
+            vec![format!(
+                "Bearer realm=\"{r}\",service=\"testbed\",scope=\"{s}\", Basic realm=\"x\""
+            )]
+        }),
+        ("two lines", |r, s| {
+            [challenge(r, s), vec!["Basic realm=\"x\"".to_owned()]].concat()
+        }),
+        ("basic first", |r, s| {
+            [vec!["Basic realm=\"x\"".to_owned()], challenge(r, s)].concat()
+        }),
+        ("lower case", |r, s| {
+            vec![format!(
+                "bearer REALM=\"{r}\", Service=\"testbed\", scope=\"{s}\""
+            )]
+        }),
+        ("unquoted", |r, _| {
+            vec![format!(
+                "Bearer realm=\"{r}\",service=testbed,error=invalid_token"
+            )]
+        }),
+        ("no service", |r, s| {
+            vec![format!("Bearer realm=\"{r}\",scope=\"{s}\"")]
+        }),
+        ("no scope", |r, _| {
+            vec![format!("Bearer realm=\"{r}\",service=\"testbed\"")]
+        }),
+        ("empty scope", |r, _| {
+            vec![format!(
+                "Bearer realm=\"{r}\",service=\"testbed\",scope=\"\""
+            )]
+        }),
+        ("trailing comma", |r, s| {
+            vec![format!(
+                "Bearer realm=\"{r}\",service=\"testbed\",scope=\"{s}\","
+            )]
+        }),
+        ("relative realm", |_, s| {
+            vec![format!(
+                "Bearer realm=\"/token\",service=\"testbed\",scope=\"{s}\""
+            )]
+        }),
     ];
     let mut registries = Vec::new();
     let mut builder = cache();
@@ -104,8 +152,16 @@ async fn challenges_are_read_in_every_form() {
     for (n, ((registry, tokens), (what, _))) in registries.iter().zip(forms).enumerate() {
         let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
         let answer = cache.manifest(&format!("up{n}"), REPO, "v1").await;
-        assert!(answer.is_whole() && answer.body == image.manifest.data, "{what}: {answer}: {}", answer.text());
-        let scopes: Vec<String> = tokens.token_requests().iter().flat_map(|entry| entry.parameters("scope")).collect();
+        assert!(
+            answer.is_whole() && answer.body == image.manifest.data,
+            "{what}: {answer}: {}",
+            answer.text()
+        );
+        let scopes: Vec<String> = tokens
+            .token_requests()
+            .iter()
+            .flat_map(|entry| entry.parameters("scope"))
+            .collect();
         assert_eq!(scopes, ["repository:lib/app:pull"], "{what}");
     }
     cache.check_invariants().await;
@@ -117,7 +173,11 @@ async fn a_401_without_a_challenge_is_asked_about_at_the_ping() {
     let (registry, cache, image) = up_with_image().await;
     let tokens = TokenServer::at(&registry);
     registry.require(Bearer::of(&tokens).form(|realm, scope| {
-        if scope.is_empty() { challenge(realm, scope) } else { Vec::new() }
+        if scope.is_empty() {
+            challenge(realm, scope)
+        } else {
+            Vec::new()
+        }
     }));
     assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
     assert_eq!((tokens.asked(), registry.count(Kind::Ping)), (1, 1));
@@ -170,13 +230,21 @@ async fn a_token_without_a_life_is_used_again() {
 /// A06
 #[tokio::test(flavor = "multi_thread")]
 async fn odd_lifetimes_are_tamed() {
-    for (expires_in, asked) in
-        [(json!(0), 3), (json!(-1), 3), (json!("300"), 1), (json!(1_000_000_000_000_u64), 1), (json!("soon"), 3)]
-    {
+    for (expires_in, asked) in [
+        (json!(0), 3),
+        (json!(-1), 3),
+        (json!("300"), 1),
+        (json!(1_000_000_000_000_u64), 1),
+        (json!("soon"), 3),
+    ] {
         let (registry, tokens, cache, _image) = guarded().await;
         tokens.set_expires_in(Some(expires_in.clone()));
         ask_for_tags(&registry, &cache, &["a", "b", "c"]).await;
-        assert_eq!((tokens.asked(), tokens.dead_tokens_seen()), (asked, 0), "{expires_in}");
+        assert_eq!(
+            (tokens.asked(), tokens.dead_tokens_seen()),
+            (asked, 0),
+            "{expires_in}"
+        );
         cache.check_invariants().await;
     }
 }
@@ -192,9 +260,18 @@ async fn a_password_is_not_shown_to_a_strange_host() {
     registry.require(Bearer::of(&tokens).identity(USER));
     let refused = cache.manifest("up", REPO, "v1").await;
     assert_refused(&refused, &[403, 404]);
-    let shown = |entry: &testbed::Entry| entry.header("authorization").is_some() || entry.query.contains(PASSWORD);
+    let shown = |entry: &testbed::Entry| {
+        entry.header("authorization").is_some() || entry.query.contains(PASSWORD)
+    };
     assert!(!tokens.log().iter().any(shown), "the password was shown");
-    assert_eq!(tokens.token_requests().iter().filter(|entry| entry.method == "POST").count(), 0);
+    assert_eq!(
+        tokens
+            .token_requests()
+            .iter()
+            .filter(|entry| entry.method == "POST")
+            .count(),
+        0
+    );
     assert_holds_nothing(&cache).await;
 
     // What is public there is served with a token that nobody logged in for.
@@ -211,8 +288,12 @@ async fn a_password_is_shown_to_the_hosts_that_are_named() {
     let tokens = TokenServer::start_on("localhost").await;
     tokens.add_user(USER, PASSWORD);
     for named in ["localhost".to_owned(), tokens.authority()] {
-        let (registry, cache) =
-            up_as(|upstream| upstream.credentials(USER, PASSWORD).token_realms(&[named.as_str()])).await;
+        let (registry, cache) = up_as(|upstream| {
+            upstream
+                .credentials(USER, PASSWORD)
+                .token_realms(&[named.as_str()])
+        })
+        .await;
         let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
         registry.require(Bearer::of(&tokens).identity(USER));
         assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
@@ -220,15 +301,30 @@ async fn a_password_is_shown_to_the_hosts_that_are_named() {
         cache.check_invariants().await;
     }
     assert_eq!(tokens.asked(), 2);
-    assert!(tokens.token_requests().iter().all(|entry| entry.header("authorization").is_some()));
+    assert!(
+        tokens
+            .token_requests()
+            .iter()
+            .all(|entry| entry.header("authorization").is_some())
+    );
 
     let other_port = format!("localhost:{}", tokens.port() ^ 1);
-    let (registry, cache) =
-        up_as(|upstream| upstream.credentials(USER, PASSWORD).token_realms(&[other_port.as_str()])).await;
+    let (registry, cache) = up_as(|upstream| {
+        upstream
+            .credentials(USER, PASSWORD)
+            .token_realms(&[other_port.as_str()])
+    })
+    .await;
     registry.put_image(&ImageSpec::new(REPO, "v1"));
     registry.require(Bearer::of(&tokens).identity(USER));
     assert_refused(&cache.manifest("up", REPO, "v1").await, &[403, 404]);
-    assert!(tokens.token_requests().iter().skip(2).all(|entry| entry.header("authorization").is_none()));
+    assert!(
+        tokens
+            .token_requests()
+            .iter()
+            .skip(2)
+            .all(|entry| entry.header("authorization").is_none())
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -237,7 +333,11 @@ async fn a_password_is_used_where_the_registry_is_its_own_realm() {
     cache.pull("up", &image).await;
     let asked = tokens.token_requests();
     assert_eq!((asked.len(), tokens.dead_tokens_seen()), (1, 0));
-    assert!(asked[0].header("authorization").is_some_and(|value| value.starts_with("Basic ")));
+    assert!(
+        asked[0]
+            .header("authorization")
+            .is_some_and(|value| value.starts_with("Basic "))
+    );
     assert_eq!(registry.count(Kind::Blob), 2);
     assert_holds(&cache, [&image.manifest, &image.config, image.layer()]).await;
     cache.check_invariants().await;
@@ -249,7 +349,11 @@ async fn a_registry_that_wants_basic_gets_basic() {
     let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
     registry.require(Basic::of(USER, PASSWORD));
     cache.pull("up", &image).await;
-    assert_eq!(registry.count(Kind::Blob), 2, "asked with the password at once");
+    assert_eq!(
+        registry.count(Kind::Blob),
+        2,
+        "asked with the password at once"
+    );
     assert_holds(&cache, [&image.manifest, &image.config, image.layer()]).await;
     cache.check_invariants().await;
 }
@@ -280,7 +384,11 @@ impl Auth for Harbor {
     fn refuse(&self, exchange: &Exchange) -> Option<Vec<String>> {
         let challenges = self.0.refuse(exchange)?;
         let bare = exchange.header("authorization").is_none();
-        Some(if bare { challenges } else { vec!["Basic realm=\"harbor\"".to_owned()] })
+        Some(if bare {
+            challenges
+        } else {
+            vec!["Basic realm=\"harbor\"".to_owned()]
+        })
     }
 }
 
@@ -293,9 +401,15 @@ async fn a_dead_token_is_followed_by_a_bare_request() {
     assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
     tokens.revoke_all();
     registry.clear_log();
-    assert_good(&cache.blob("up", REPO, image.layer().digest).await, image.layer());
-    let bare: Vec<bool> =
-        registry.entries(Kind::Blob).iter().map(|entry| entry.header("authorization").is_none()).collect();
+    assert_good(
+        &cache.blob("up", REPO, image.layer().digest).await,
+        image.layer(),
+    );
+    let bare: Vec<bool> = registry
+        .entries(Kind::Blob)
+        .iter()
+        .map(|entry| entry.header("authorization").is_none())
+        .collect();
     assert_eq!(bare, [false, true, false]);
     assert_eq!(tokens.asked(), 2);
     cache.check_invariants().await;
@@ -307,7 +421,10 @@ struct Never(String);
 
 impl Auth for Never {
     fn refuse(&self, exchange: &Exchange) -> Option<Vec<String>> {
-        Some(challenge(&self.0, &format!("repository:{}:pull", exchange.entry().repo)))
+        Some(challenge(
+            &self.0,
+            &format!("repository:{}:pull", exchange.entry().repo),
+        ))
     }
 }
 
@@ -319,7 +436,11 @@ async fn a_registry_that_always_refuses_is_not_asked_for_ever() {
     registry.require(Never(tokens.realm()));
     let manifest = cache.manifest("up", REPO, "v1").await;
     assert_refused(&manifest, &[403, 404]);
-    assert!(registry.count(Kind::Manifest) <= 3, "{:?}", registry.requests());
+    assert!(
+        registry.count(Kind::Manifest) <= 3,
+        "{:?}",
+        registry.requests()
+    );
     let blob = cache.blob("up", REPO, image.layer().digest).await;
     assert_refused(&blob, &[403, 404]);
     assert!(registry.count(Kind::Blob) <= 3, "{:?}", registry.requests());
@@ -346,8 +467,15 @@ async fn tokens_of_two_credentials_never_cross() {
     }
     assert_eq!((tokens.asked(), tokens.dead_tokens_seen()), (2, 0));
     for (registry, user) in [(&first, "alice"), (&second, "bob")] {
-        let tokens = registry.log().iter().filter_map(|entry| entry.header("authorization").map(str::to_owned)).collect::<Vec<_>>();
-        assert!(!tokens.is_empty() && tokens.iter().all(|token| token.contains(user)), "{user}: another's token was sent");
+        let tokens = registry
+            .log()
+            .iter()
+            .filter_map(|entry| entry.header("authorization").map(str::to_owned))
+            .collect::<Vec<_>>();
+        assert!(
+            !tokens.is_empty() && tokens.iter().all(|token| token.contains(user)),
+            "{user}: another's token was sent"
+        );
     }
     cache.check_invariants().await;
 }
@@ -364,9 +492,20 @@ async fn a_hundred_cold_clients_share_one_token() {
         None => Request::get(&manifest_path("up", REPO, "v1")).compare(&image.manifest.data),
     });
     let responses = storm(cache.port(), requests.collect()).await;
-    assert!(responses.iter().all(Response::is_right), "{:?}", responses.iter().find(|response| !response.is_right()));
+    assert!(
+        responses.iter().all(Response::is_right),
+        "{:?}",
+        responses.iter().find(|response| !response.is_right())
+    );
     assert_eq!((tokens.asked(), tokens.dead_tokens_seen()), (1, 0));
-    assert_eq!(registry.entries(Kind::Blob).iter().filter(|entry| entry.status == 200).count(), 9);
+    assert_eq!(
+        registry
+            .entries(Kind::Blob)
+            .iter()
+            .filter(|entry| entry.status == 200)
+            .count(),
+        9
+    );
     cache.check_invariants().await;
 }
 
@@ -390,7 +529,11 @@ async fn nothing_of_the_client_is_shown_upstream() {
         (blob_path("up", REPO, image.layer().digest), image.layer()),
     ];
     for (path, content) in parts {
-        let request = marks.iter().fold(Request::get(&path), |request, (name, value)| request.header(name, value));
+        let request = marks
+            .iter()
+            .fold(Request::get(&path), |request, (name, value)| {
+                request.header(name, value)
+            });
         assert_good(&cache.send(request).await, content);
     }
     for entry in registry.log() {
@@ -398,7 +541,11 @@ async fn nothing_of_the_client_is_shown_upstream() {
             let theirs = value.contains("client") || value.contains("192.0.2.77");
             assert!(!theirs, "{entry}: {name}: {value}");
         }
-        assert!(entry.header("user-agent").is_some_and(|agent| agent.starts_with("oci-remote-cache/")));
+        assert!(
+            entry
+                .header("user-agent")
+                .is_some_and(|agent| agent.starts_with("oci-remote-cache/"))
+        );
     }
     assert_eq!(registry.requests().len(), 2);
     cache.check_invariants().await;
@@ -417,7 +564,10 @@ async fn a_token_service_that_is_down_is_an_outage() {
     let stale = cache.manifest("up", REPO, "v1").await;
     assert_good(&stale, &image.manifest);
     assert!(stale.header("warning").is_some(), "no warning");
-    assert_good(&cache.blob("up", REPO, image.layer().digest).await, image.layer());
+    assert_good(
+        &cache.blob("up", REPO, image.layer().digest).await,
+        image.layer(),
+    );
     assert_refused(&cache.manifest("up", REPO, "v2").await, &[502, 503, 504]);
     cache.check_invariants().await;
 }

@@ -87,6 +87,9 @@ fn fail(fill: &Fill, fills: &Fills, error: FillError) -> &'static str {
         FillError::Upstream(_) | FillError::Parked | FillError::Stopping => "failed",
     };
     tracing::warn!(%error, source = %fill.source, digest = %fill.key.digest, "a blob was not fetched");
+    if matches!(error, FillError::Mismatch { .. }) {
+        fills.avoid(fill);
+    }
     if matches!(error, FillError::Pieces(_)) {
         fills.leave(fill);
     } else {

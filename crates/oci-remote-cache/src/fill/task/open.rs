@@ -31,7 +31,10 @@ pub(super) async fn open(
         return Err(FillError::Stopping);
     };
     let stream = fill.ask.clone().open(range, deadline).await?;
-    fill.set(|progress| progress.credential = Some(stream.credential().clone()));
+    fill.set(|progress| {
+        progress.credential = Some(stream.credential().clone());
+        progress.place = stream.place();
+    });
     let size = stream.total();
     let alone = |why, stream, place| {
         fill.set(|progress| progress.size = size);

@@ -202,8 +202,7 @@ impl Transfer {
             }
             let stream = self
                 .fill
-                .ask
-                .clone()
+                .ask_again()
                 .later(slice, size, self.validator.clone());
             self.fetches.push(Fetch::new(
                 stream,
@@ -222,7 +221,7 @@ impl Transfer {
         });
         let active: Vec<_> = self.fetches.iter().map(Fetch::active).collect();
         let (wants, appetite) = self.fill.demand(size, &self.spool);
-        let most = self.fills.limits.per_blob;
+        let most = self.fills.per_blob(&self.fill.key.upstream);
         let share = self.pace.share().min(most);
         plan::next(&View {
             size,

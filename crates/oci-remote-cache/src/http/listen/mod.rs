@@ -168,14 +168,19 @@ impl<H: Handler> Server<H> {
         peer: SocketAddr,
         permit: OwnedSemaphorePermit,
     ) {
-        let place = Place::taken(permit, self.observer.counted());
+        let _place = Place::taken(permit, self.observer.counted());
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         // Without it the end of each answer would wait for the client's acknowledgement.
         if let Err(error) = stream.set_nodelay(true) {
             debug!(%peer, %error, "the connection is gone");
             return;
         }
-        if self.speaks_tls(&stream).await && self.tls_spoken.is_due() {
+        let Some(first) = self.first_byte(&stream).await else {
+            return;
+        };
+        if first == TLS_HANDSHAKE && self.tls_spoken.is_due() {
+            // Left for hyper to refuse, in plain HTTP: from that Go's clients (containerd among them, for localhost) see that they
+            // should speak HTTP.
             warn!(
                 %peer,
                 "a client speaks TLS to this plain HTTP port. Tell it to use HTTP: podman and skopeo --tls-verify=false, Docker \
@@ -188,21 +193,18 @@ impl<H: Handler> Server<H> {
         if let Err(error) = served {
             debug!(%peer, error = %Chain(&error), "the connection ended with an error");
         }
-        drop(place);
     }
 
-    /// Whether the client's first byte begins a TLS handshake.
-    ///
-    /// The bytes stay for hyper to refuse, in plain HTTP: from that Go's clients (containerd among them, for localhost) see that they
-    /// should speak HTTP.
-    async fn speaks_tls(&self, stream: &TcpStream) -> bool {
+    /// The first byte the client sends, which stays to be read; nothing when it sends none in time.
+    async fn first_byte(&self, stream: &TcpStream) -> Option<u8> {
         let mut first = [0];
         let peek = stream.peek(&mut first);
         let peeked = tokio::select! {
             peeked = tokio::time::timeout(self.patience.head, peek) => peeked,
-            () = self.tasks.stopping() => return false,
+            () = self.tasks.stopping() => return None,
         };
-        matches!(peeked, Ok(Ok(1))) && first == [TLS_HANDSHAKE]
+        let [first] = first;
+        matches!(peeked, Ok(Ok(1))).then_some(first)
     }
 
     async fn answer(&self, request: Request<Incoming>, peer: SocketAddr) -> Response<Body> {

@@ -4,8 +4,8 @@
 //! by its address and, where hyper asks it to write a piece of the block, sends the next span by sendfile(2) instead. So no body byte is
 //! ever in this process's memory, and a slow client costs no more than its sockets.
 //!
-//! The zeros would go out as content on any transport that copies or encrypts what hyper hands it. Therefore [`PlainBody`] and
-//! [`PlainIo`] are made in [`serve`] alone, always as a pair, and hyper is told there to write vectored. For every other transport there
+//! The zeros would go out as content on any transport that copies or encrypts what hyper hands it. Therefore `PlainBody` and
+//! `PlainIo` are made in `serve` alone, always as a pair, and hyper is told there to write vectored. For every other transport there
 //! is `body::ReadBody`.
 //!
 //! ```compile_fail

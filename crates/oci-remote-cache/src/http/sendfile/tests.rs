@@ -57,6 +57,14 @@ fn slices() -> impl Fn(&Parts) -> Response<Body> + Send + Sync + 'static {
                 });
                 Body::stream(length, late)
             }
+            Some("open") => {
+                let parts = [
+                    part(start, middle),
+                    memory(middle, middle + 7),
+                    part(middle + 7, end),
+                ];
+                Body::stream(None, stream::iter(parts.map(Ok)))
+            }
             _ => Body::from(part(start, end)),
         })
     }
@@ -151,6 +159,38 @@ async fn a_closing_connection_sends_everything_first() {
         client.send(request).await;
         expect(&mut client, &all, &[(0, LARGE, "")]).await;
         assert!(client.rest().await.is_empty());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_body_without_a_length_is_right_too() {
+    let lab = Lab::start(limits(), slices());
+    let all = content(LARGE);
+    let mut client = lab.client().await;
+    client.send("GET /3-6000000?open HTTP/1.0\r\n\r\n").await;
+    assert!(client.answer().await.unwrap().body == all[3..6_000_000]);
+
+    let mut client = lab.client().await;
+    let request = "GET /3-6000000?open HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    client.send(request).await;
+    let answer = client.answer().await.unwrap();
+    assert_eq!(header(&answer.head, "transfer-encoding"), Some("chunked"));
+    assert!(unchunked(&answer.body) == all[3..6_000_000]);
+}
+
+fn unchunked(mut body: &[u8]) -> Vec<u8> {
+    let mut all = Vec::new();
+    loop {
+        let line = body.windows(2).position(|bytes| bytes == b"\r\n").unwrap();
+        let size = std::str::from_utf8(&body[..line]).unwrap();
+        let size = usize::from_str_radix(size, 16).unwrap();
+        let (chunk, rest) = body[line + 2..].split_at(size);
+        all.extend_from_slice(chunk);
+        body = rest.strip_prefix(b"\r\n").unwrap();
+        if size == 0 {
+            assert!(body.is_empty());
+            return all;
+        }
     }
 }
 
