@@ -207,8 +207,8 @@ impl Cache {
         };
         let deadline = Deadline::for_answer();
         let upstream = &self.origin(source)?.upstream;
-        let answer = match upstream.ask(ask.clone(), deadline).await {
-            Ok(answer) => answer,
+        let (answer, body) = match upstream.whole(&ask, PAGE_LIMIT, deadline).await {
+            Ok(whole) => whole,
             Err(error) => {
                 self.forget_listing(&key, error.fault());
                 return Err(self
@@ -217,11 +217,8 @@ impl Cache {
             }
         };
         self.lift(source).await;
-        let listing = Arc::new(
-            self.read_listing(list, answer, deadline)
-                .await?
-                .ok_or_else(|| upstream.broken(&ask, "not a list in JSON"))?,
-        );
+        let listing = self.read_listing(list, &answer, body);
+        let listing = Arc::new(listing.ok_or_else(|| upstream.broken(&ask, "not a list in JSON"))?);
         self.inner.listings.pages.insert(key, Arc::clone(&listing));
         Ok(listing)
     }
@@ -234,16 +231,10 @@ impl Cache {
     }
 
     /// Reads a page; `None` when it is not one.
-    async fn read_listing(
-        &self,
-        list: &List,
-        answer: Answer,
-        deadline: Deadline,
-    ) -> Result<Option<Listing>, CacheError> {
+    fn read_listing(&self, list: &List, answer: &Answer, body: Bytes) -> Option<Listing> {
         let empty = matches!(list, List::Tags(Page { n: Some(0), .. }));
         let next = answer.header("link").filter(|_| !empty).and_then(next_page);
         let filtered = answer.header("oci-filters-applied").is_some();
-        let body = answer.read_to(PAGE_LIMIT, deadline).await?;
         let content = match list {
             List::Tags(_) => serde_json::from_slice::<TagList>(&body).map(|list| {
                 Content::Tags(if empty {
@@ -254,16 +245,16 @@ impl Cache {
             }),
             List::Referrers { .. } => {
                 serde_json::from_slice::<serde::de::IgnoredAny>(&body).map(|_| Content::Referrers {
-                    index: body.clone(),
+                    index: body,
                     filtered,
                 })
             }
         };
-        Ok(content.ok().map(|content| Listing {
-            content,
+        Some(Listing {
+            content: content.ok()?,
             next,
             checked: self.inner.clock.now(),
-        }))
+        })
     }
 }
 

@@ -149,7 +149,10 @@ impl Cache {
             record,
             freshness,
         ) {
-            (Ok(fetched), _, _) => self.with_body(grant, fetched, method, deadline).await,
+            (Ok(fetched), _, _) => {
+                self.with_body(grant, tag, (fetched, method), deadline)
+                    .await
+            }
             (Err(error), Some(record), Freshness::Expired) if error.is_outage() => self
                 .stale(grant, &record, method, &error)
                 .await
@@ -199,36 +202,43 @@ impl Cache {
             body: None,
             verdict,
         };
-        self.with_body(grant, fetched, method, deadline).await
+        self.with_body(grant, &record.tag, (fetched, method), deadline)
+            .await
     }
 
+    /// Adds the bytes, where they are wanted and did not come along. A tag that moved between the upstream's HEAD and our GET by digest
+    /// is fetched by its name.
     async fn with_body(
         &self,
         grant: &Grant,
-        fetched: Fetched,
-        method: Method,
+        tag: &Tag,
+        (fetched, method): (Fetched, Method),
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
-        let head = ManifestAnswer {
-            digest: fetched.digest.into(),
-            media_type: fetched.media_type,
-            size: fetched.size,
-            body: fetched.body,
-            verdict: fetched.verdict,
-            age: None,
-        };
+        let head = fetched.answer(method);
         if method == Method::Head || head.body.is_some() {
             return Ok(head);
         }
-        let whole = self
-            .manifest_by_digest(grant, fetched.digest, method, deadline)
-            .await?;
-        let verdict = if whole.verdict == Verdict::Hit {
-            head.verdict
-        } else {
-            whole.verdict
+        let AnyDigest::Known(digest) = head.digest else {
+            return Ok(head);
         };
-        Ok(ManifestAnswer { verdict, ..whole })
+        match self
+            .manifest_by_digest(grant, digest, method, deadline)
+            .await
+        {
+            Ok(whole) if whole.verdict == Verdict::Hit => Ok(ManifestAnswer {
+                verdict: head.verdict,
+                ..whole
+            }),
+            Ok(whole) => Ok(whole),
+            Err(CacheError::Unknown { .. }) => {
+                let moved = deadline
+                    .run(Box::pin(self.get_tag(grant.source(), tag)))
+                    .await;
+                Ok(moved.map_err(|_late| CacheError::Late)??.answer(method))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     async fn manifest_by_digest(
@@ -251,15 +261,7 @@ impl Cache {
             });
         }
         let fetched = self.fetch_digest(grant.source(), digest, deadline).await?;
-        let body = fetched.body.filter(|_| method == Method::Get);
-        Ok(ManifestAnswer {
-            digest: digest.into(),
-            media_type: fetched.media_type,
-            size: fetched.size,
-            body,
-            verdict: fetched.verdict,
-            age: None,
-        })
+        Ok(fetched.answer(method))
     }
 
     /// Fetches a manifest by digest; those who ask meanwhile share the errand.
@@ -296,7 +298,7 @@ impl Cache {
         let reference = Reference::Digest(digest.into());
         let ask = manifest_ask(&source.repository, reference, Method::Get);
         let deadline = Deadline::for_answer();
-        let answer = match upstream.ask(ask, deadline).await {
+        let answer = match upstream.whole(&ask, MANIFEST_LIMIT, deadline).await {
             Ok(answer) => answer,
             Err(error) => {
                 let error = Arc::new(error);
@@ -306,7 +308,7 @@ impl Cache {
             }
         };
         self.lift(source).await;
-        let judged = read_manifest(source, answer, Some(digest), deadline).await?;
+        let judged = read_manifest(source, answer, Some(digest))?;
         Ok(self.keep(source, judged, None).await)
     }
 
@@ -452,7 +454,12 @@ impl Cache {
         let source = grant.source();
         let mut ask = manifest_ask(&source.repository, reference.clone(), Method::Get);
         ask.accept.clone_from(&wish.accept);
-        let answer = match self.origin(source)?.upstream.ask(ask, deadline).await {
+        let answer = match self
+            .origin(source)?
+            .upstream
+            .whole(&ask, MANIFEST_LIMIT, deadline)
+            .await
+        {
             Ok(answer) => answer,
             Err(error) => {
                 let error = Arc::new(error);
@@ -465,7 +472,7 @@ impl Cache {
             Reference::Digest(digest) => Some(digest.clone()),
             Reference::Tag(_) => None,
         };
-        let judged = read_manifest(source, answer, None, deadline).await?;
+        let judged = read_manifest(source, answer, None)?;
         let why = if foreign.is_some() {
             Why::UnknownAlgorithm
         } else {
@@ -483,6 +490,17 @@ impl Cache {
 }
 
 impl Fetched {
+    fn answer(self, method: Method) -> ManifestAnswer {
+        ManifestAnswer {
+            digest: self.digest.into(),
+            media_type: self.media_type,
+            size: self.size,
+            body: self.body.filter(|_| method == Method::Get),
+            verdict: self.verdict,
+            age: None,
+        }
+    }
+
     /// The same, as seen by one who started the errand or joined it.
     pub(super) fn seen_by(self, role: super::single_flight::Role) -> Self {
         let verdict = match (role, self.verdict) {
@@ -494,24 +512,21 @@ impl Fetched {
 }
 
 /// Reads and judges a manifest answer: its size, its type, and that it hashes to what it should.
-pub(super) async fn read_manifest(
+pub(super) fn read_manifest(
     source: &Source,
-    answer: Answer,
+    (answer, body): (Answer, Bytes),
     wanted: Option<Digest>,
-    deadline: Deadline,
 ) -> Result<Judged, CacheError> {
     let announced = match answer.digest() {
         Some(AnyDigest::Known(digest)) => Some(digest),
         Some(AnyDigest::Foreign(_)) | None => None,
     };
-    let content_type = answer.content_type().map(str::to_owned);
     let credential = answer.credential().clone();
-    let body = answer.read_to(MANIFEST_LIMIT, deadline).await?;
     let bad = |why| CacheError::BadManifest {
         source_: source.clone(),
         why,
     };
-    let view = ManifestView::parse(&body, content_type.as_deref()).map_err(bad)?;
+    let view = ManifestView::parse(&body, answer.content_type()).map_err(bad)?;
     // The upstream may announce another algorithm than the one asked for: what was asked for decides.
     let expected = wanted.or(announced);
     let algorithm = expected.map_or(oci::Algorithm::Sha256, |digest| digest.algorithm());

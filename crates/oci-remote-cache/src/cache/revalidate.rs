@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use oci::{AnyDigest, Digest, MediaType, Reference, Tag};
+use oci::{AnyDigest, Digest, MANIFEST_LIMIT, MediaType, Reference, Tag};
 
 use super::error::{CacheError, Thing};
 use super::manifest::{Fetched, read_manifest, tag_record};
@@ -159,15 +159,16 @@ impl Cache {
         }
     }
 
-    async fn get_tag(&self, source: &Source, tag: &Tag) -> Result<Fetched, CacheError> {
+    pub(super) async fn get_tag(&self, source: &Source, tag: &Tag) -> Result<Fetched, CacheError> {
         let ask = manifest_ask(&source.repository, Reference::Tag(tag.clone()), Method::Get);
         let deadline = Deadline::for_answer();
-        let answer = match self.origin(source)?.upstream.ask(ask, deadline).await {
+        let upstream = &self.origin(source)?.upstream;
+        let answer = match upstream.whole(&ask, MANIFEST_LIMIT, deadline).await {
             Ok(answer) => answer,
             Err(error) => return Err(self.tag_refused(source, tag, error).await),
         };
         self.lift(source).await;
-        let judged = read_manifest(source, answer, None, deadline).await?;
+        let judged = read_manifest(source, answer, None)?;
         Ok(self
             .keep(source, judged, Some((tag, self.inner.clock.now())))
             .await)

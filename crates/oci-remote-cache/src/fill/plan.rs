@@ -103,7 +103,9 @@ fn urgent(view: &View<'_>) -> Option<Step> {
         };
         match covering(view, want.position) {
             Some((from, active)) => {
-                is_far(active, want.position).then_some(Step::TakeOver { from, slice })
+                let end = slice.end.min(active.end);
+                let taken = Slice { end, ..slice };
+                is_far(active, want.position).then_some(Step::TakeOver { from, slice: taken })
             }
             None if behind_front(view, want.position) => None,
             None => Some(Step::Fetch(Slice {

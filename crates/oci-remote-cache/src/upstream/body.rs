@@ -148,8 +148,12 @@ impl Answer {
     }
 
     /// The whole body, if it has at most `limit` bytes. A larger one is dropped with its connection, whatever its length claims.
-    pub async fn read_to(self, limit: usize, deadline: Deadline) -> Result<Bytes, UpstreamError> {
-        let mut body = self.body;
+    pub async fn read_to(
+        &mut self,
+        limit: usize,
+        deadline: Deadline,
+    ) -> Result<Bytes, UpstreamError> {
+        let body = &mut self.body;
         let claimed = body.expected.unwrap_or(0);
         if claimed > u64::try_from(limit).unwrap_or(u64::MAX) {
             return Err(body.error(Fault::TooLarge));

@@ -19,6 +19,9 @@ use crate::names::CredentialId;
 /// Tries in a row that may bring no byte.
 const TRIES: u32 = 5;
 
+/// How often a short answer is asked for when it does not come whole.
+const WHOLE_TRIES: u32 = 3;
+
 /// Longest wait between two tries.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -70,8 +73,7 @@ impl BlobAsk {
         range: Option<Slice>,
         deadline: Deadline,
     ) -> Result<BlobStream, UpstreamError> {
-        let ask = self.ask(range, self.place);
-        let (answer, place) = self.upstream.ask_from(ask, deadline).await?;
+        let (answer, place) = self.first_answer(range, deadline).await?;
         self.place = place;
         let mut stream = self.stream(range.map_or(0, |range| range.start));
         stream.accept(answer)?;
@@ -81,6 +83,23 @@ impl BlobAsk {
             (end, total) => end.or(total),
         };
         Ok(stream)
+    }
+
+    /// Server errors and broken connections are tried once more than for other answers: a blob's first error ends a whole pull with
+    /// skopeo and old containerd.
+    async fn first_answer(
+        &self,
+        range: Option<Slice>,
+        deadline: Deadline,
+    ) -> Result<(Answer, usize), UpstreamError> {
+        let ask = self.ask(range, self.place);
+        match self.upstream.ask_from(ask.clone(), deadline).await {
+            Err(error) if matches!(error.fault(), Fault::Status(500..) | Fault::Broken(_)) => {
+                sleep_until(Instant::now() + pause(2, None)).await;
+                self.upstream.ask_from(ask, deadline).await
+            }
+            answered => answered,
+        }
     }
 
     /// A stream of `slice` of a blob of `total` bytes that is opened when its first byte is wanted. What comes must have `validator`.
@@ -292,6 +311,31 @@ impl Upstream {
     /// Asks, and asks the next mirror when a place gives no answer. A refusal is an answer: the first place that gives one decides.
     pub async fn ask(&self, ask: Ask, deadline: Deadline) -> Result<Answer, UpstreamError> {
         self.ask_from(ask, deadline).await.map(|(answer, _)| answer)
+    }
+
+    /// Asks and reads the whole answer, at most `limit` bytes. One that breaks off is asked for again: the oldest clients give up at
+    /// the first manifest that does not come whole.
+    pub async fn whole(
+        &self,
+        ask: &Ask,
+        limit: usize,
+        deadline: Deadline,
+    ) -> Result<(Answer, Bytes), UpstreamError> {
+        let mut tries = 1;
+        loop {
+            let mut answer = self.ask(ask.clone(), deadline).await?;
+            match answer.read_to(limit, deadline).await {
+                Ok(body) => return Ok((answer, body)),
+                Err(error)
+                    if tries < WHOLE_TRIES
+                        && matches!(error.fault(), Fault::Broken(_) | Fault::Stalled) =>
+                {
+                    tracing::info!(%error, "asking again for an answer that broke off");
+                }
+                Err(error) => return Err(error),
+            }
+            tries += 1;
+        }
     }
 
     /// The same, beginning with the place the question names; tells which place answered.

@@ -21,6 +21,9 @@ use crate::upstream::resume::BlobStream;
 /// Bytes written at once, at most.
 const BATCH: usize = 1 << 20;
 
+/// The end of a range that goes on until the upstream says that the blob is over.
+pub(super) const UNKNOWN: u64 = u64::MAX;
+
 /// How a fetch ended.
 pub(super) enum Ended {
     /// Its range is in; `last` when the upstream ended the blob there.
@@ -151,7 +154,10 @@ impl Worker {
     async fn run(mut self) -> Ended {
         let mut writing: Option<JoinHandle<std::io::Result<()>>> = None;
         loop {
-            self.stream.stop_at(self.range.end.load(Ordering::Relaxed));
+            let end = self.range.end.load(Ordering::Relaxed);
+            if end != UNKNOWN {
+                self.stream.stop_at(end);
+            }
             let offset = self.stream.position();
             let batch = match self.batch().await {
                 Ok(batch) => batch,

@@ -9,7 +9,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
-use super::fetch::{Ended, Fetch};
+use super::fetch::{Ended, Fetch, UNKNOWN};
 use super::pace::Pace;
 use super::{Outcome, on_disk};
 use crate::fill::plan::{self, Appetite, SMALL, Step, View};
@@ -108,8 +108,8 @@ impl Transfer {
         let unasked = lazy && self.fill.first_part().is_some() && stream.position() == 0;
         let end = self
             .size
-            .unwrap_or(u64::MAX)
-            .min(stream.end().unwrap_or(u64::MAX));
+            .unwrap_or(UNKNOWN)
+            .min(stream.end().unwrap_or(UNKNOWN));
         if !unasked && self.spool.reach(stream.position()) < end {
             self.fetches.push(Fetch::new(
                 stream,
