@@ -162,7 +162,7 @@ has_right_tree() { # WHAT TAG STORE
   same "$1: the pulled files are the image's" "$(tree_sum "$3" "$(cached_image "$2")")" "${!sum}"
 }
 
-# A cold cache asks of the upstream what the client asks of it.
+# A cold cache asks of the upstream what the client asks of it; leaves that number of bytes in LAZY_ASKED.
 lazy_cold() { # WHAT TAG STORE
   local cache_from upstream_from counted got asked parts requests moved
   cache_from=$(log_length cache)
@@ -174,6 +174,7 @@ lazy_cold() { # WHAT TAG STORE
   read -r requests moved < <(upstream_sent anon "$upstream_from")
   say "$1: the client took $asked bytes in $got requests ($parts ranges); the upstream sent $moved in $requests, of which" \
     "$(($(upstream_counter) - counted)) were read"
+  LAZY_ASKED=$asked
   at_least "$1: it was a partial pull, range requests" "$parts" 1
   at_most "$1: bytes from upstream, 1.1 times what was asked for" "$moved" "$((asked * 11 / 10))"
   has_right_tree "$1" "$2" "$3"
@@ -207,8 +208,8 @@ lazy_partly_held() { # WHAT TAG STORE
 
 parked() { [ -n "$(find "$CACHE_DIR/parked" -type f 2>/dev/null)" ]; }
 
-# What was fetched once is not fetched again: of WHAT, at most LIMIT bytes.
-fetches_the_rest() { # WHAT LIMIT COMMAND...
+# The command succeeds, and costs at most LIMIT bytes of blobs from the upstream.
+fetches_at_most() { # WHAT LIMIT COMMAND...
   local what=$1 limit=$2 from requests moved
   from=$(log_length anon)
   check "$what" "${@:3}"
@@ -226,7 +227,7 @@ with_podman() {
   done
   measure_direct lazy1 "$(lazy_store)"
   measure_direct lazy2 "$(store_with_first)"
-  for tag in 1 2 3 4 5; do stores[tag]=$(store_with_first); done
+  for tag in 0 1 2 3 4 5; do stores[tag]=$(store_with_first); done
 
   cache_start
   lazy_cold "podman, empty store" lazy1 "$(lazy_store)"
@@ -234,30 +235,44 @@ with_podman() {
   lazy_warm "podman, empty store" lazy1 "$(lazy_store)"
   upstream_start anon
   cache_stop
-
-  with_a_part "podman, store with the one before"
+  with_a_part "podman, with the one before" "${stores[@]:0:4}"
+  with_an_outage "podman, with the one before" "${stores[@]:4:2}"
 }
 
-with_a_part() { # WHAT
-  local what=$1 layer size from requests moved
+# A part of a layer is held, then all of it.
+with_a_part() { # WHAT STORE...
+  local what=$1
+  shift
+  cache_start
+  lazy_cold "$what" lazy2 "$1"
+  upstream_stop anon
+  lazy_partly_held "$what, upstream stopped at once" lazy2 "$2"
+  upstream_start anon
+  check "$what: the part is parked" wait_until 60 parked
+  fetches_at_most "$what, part parked: pull" "$((LAZY_ASKED * 11 / 10))" podman_pull "$3" "$(cached_image lazy2)"
+  has_right_tree "$what, part parked" lazy2 "$3"
+  check "$what: skopeo copies the whole image" copy_whole lazy2
+  upstream_stop anon
+  lazy_warm "$what, after a whole pull" lazy2 "$4"
+  lazy_warm "podman, empty store, after a whole pull" lazy2 "$(lazy_store)"
+  check "$what: every file under blobs/ hashes to its name" hashes_match
+  upstream_start anon
+  cache_stop
+}
+
+# The upstream is away when somebody asks for a layer of which a part is parked: that part is still there afterwards.
+with_an_outage() { # WHAT STORE...
+  local what=$1 layer size
+  shift
   read -r layer size < <(layer_of lazy2)
   cache_start
-  from=$(log_length anon)
-  lazy_cold "$what" lazy2 "${stores[1]}"
-  read -r requests moved < <(upstream_sent anon "$from" "$layer")
-  upstream_stop anon
-  lazy_partly_held "$what, upstream stopped at once" lazy2 "${stores[2]}"
+  check "$what: cold pull, once more" podman_pull "$1" "$(cached_image lazy2)"
   check "$what: the part is parked" wait_until 60 parked
-  lazy_partly_held "$what, part parked, upstream stopped" lazy2 "${stores[3]}"
-  upstream_start anon
-  fetches_the_rest "$what, part parked: pull" "$((size / 100))" podman_pull "${stores[4]}" "$(cached_image lazy2)"
-  has_right_tree "$what, part parked" lazy2 "${stores[4]}"
-  fetches_the_rest "$what: skopeo copies the whole image" "$(((size - moved + 2 * MIB) * 102 / 100))" copy_whole lazy2
   upstream_stop anon
-  lazy_warm "podman, after a whole pull" lazy2 "${stores[5]}"
-  lazy_warm "podman, after a whole pull, empty store" lazy2 "$(lazy_store)"
-  check "podman: every file under blobs/ hashes to its name" hashes_match
+  lazy_partly_held "$what, part parked, upstream stopped" lazy2 "$2"
   upstream_start anon
+  fetches_at_most "$what, part parked, upstream back: skopeo copies the whole image" "$((size - 2 * MIB))" copy_whole lazy2
+  check "$what: every file under blobs/ hashes to its name" hashes_match
   cache_stop
 }
 

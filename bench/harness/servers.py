@@ -1,12 +1,15 @@
 """The contenders and their upstreams, each with the settings that it is measured with. All listen on loopback, below one work folder."""
 
+import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
 import tempfile
+import time
 import urllib.request
 
 from harness import machine
@@ -76,6 +79,11 @@ class Bench:
     def stop(self, process):
         process.stop()
         self.processes.remove(process)
+
+    def settle(self):
+        """What was written before is on disk and does not disturb what is measured next."""
+        os.sync()
+        time.sleep(0.1 if self.quick else 0.5)
 
     def end(self):
         """Stops what runs, takes its mounts away, removes the folder."""
@@ -181,9 +189,36 @@ def first_line(process):
             return line.strip()
         if process.popen.poll() is not None:
             break
-        os.sched_yield()
-        __import__("time").sleep(0.02)
+        time.sleep(0.02)
     raise RuntimeError(f"{process.name} did not start: {process.tail()}")
+
+
+class AccessLog:
+    """What an upstream was asked since the last look: blobs only."""
+
+    LINE = re.compile(r'"(GET|HEAD) (\S+/blobs/\S+) HTTP/1\.1" (\d+) (\d+)')
+
+    def __init__(self, process):
+        self.file, self.at = process.log, os.path.getsize(process.log)
+
+    def gets(self):
+        """The number of GETs and the bytes that they moved; lines are written when an answer ends, so wait for the last one."""
+        time.sleep(0.3)
+        with open(self.file, encoding="utf-8", errors="replace") as log:
+            log.seek(self.at)
+            found = self.LINE.findall(log.read())
+            self.at = log.tell()
+        gets = [int(sent) for method, _, _, sent in found if method == "GET"]
+        return len(gets), sum(gets)
+
+
+def sha256_of(url):
+    """A whole download, hashed: the check that goes before every measurement."""
+    hasher = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=300) as answer:
+        while part := answer.read(1 << 20):
+            hasher.update(part)
+    return hasher.hexdigest()
 
 
 def asked(url):

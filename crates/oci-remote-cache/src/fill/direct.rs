@@ -65,13 +65,13 @@ impl Alone {
 
     /// The fill broke at some point; what is in the spool can still be read.
     pub(super) fn midway(
-        size: Option<u64>,
-        validator: Option<String>,
+        why: Why,
+        (size, validator): (Option<u64>, Option<String>),
         spool: Arc<Spool>,
         hash: PrefixHash,
     ) -> Self {
         Self {
-            why: Why::Disk,
+            why,
             size,
             validator,
             spool: Some(spool),

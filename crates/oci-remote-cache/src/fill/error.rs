@@ -23,6 +23,12 @@ pub enum FillError {
     /// Pieces kept from an earlier transfer turned out wrong; they are gone, and the next request starts from zero.
     #[error("pieces kept from an earlier transfer were wrong: {0}")]
     Pieces(Box<Mismatch>),
+    /// All connections to the upstream were in use for as long as a client waits.
+    #[error("too many transfers from {upstream} are under way")]
+    Busy {
+        /// Which upstream.
+        upstream: UpstreamId,
+    },
     /// Nobody had read the fill for a while, so it was set aside.
     #[error("the transfer was set aside")]
     Parked,

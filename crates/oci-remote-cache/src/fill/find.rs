@@ -67,6 +67,8 @@ pub enum Found {
 #[derive(Debug)]
 pub(super) enum Slot {
     Running(Arc<Fill>),
+    /// Being set aside: its files are moving, so the next fill must wait for them.
+    Ending(watch::Receiver<Progress>),
     Failed {
         source: Source,
         error: FillError,
@@ -83,25 +85,34 @@ enum Index {
 
 enum Look {
     Stored,
+    Ending(watch::Receiver<Progress>),
     Is(Box<Found>),
 }
 
 impl Fills {
     /// Finds the blob or starts fetching it.
     pub async fn find(&self, wanted: &Wanted) -> Found {
-        for _ in 0..OPENINGS {
-            if let Look::Is(found) = self.look(wanted, Index::Asked) {
-                return *found;
-            }
-            if let Some(blob) = self.store.blob(&wanted.digest).await {
+        let mut index = Index::Asked;
+        let mut openings = 0;
+        loop {
+            let opened = match self.look(wanted, index) {
+                Look::Is(found) => return *found,
+                Look::Ending(mut ending) => {
+                    // That nobody tells any more means that it has ended.
+                    drop(ending.wait_for(Progress::has_failed).await);
+                    continue;
+                }
+                Look::Stored => self.store.blob(&wanted.digest).await,
+            };
+            if let Some(blob) = opened {
                 return Found::Stored(blob);
             }
-            // It was damaged or evicted between the look and the opening; the store has forgotten it, so the next look leads.
-        }
-        // The index has it, but it cannot be opened (out of descriptors, say): the upstream still has it too.
-        match self.look(wanted, Index::PassedOver) {
-            Look::Is(found) => *found,
-            Look::Stored => Found::ProveFirst,
+            // It was damaged or evicted between the look and the opening; the store has forgotten it, so the next look leads. Or it
+            // cannot be opened (out of descriptors, say): the upstream still has it too.
+            openings += 1;
+            if openings == OPENINGS {
+                index = Index::PassedOver;
+            }
         }
     }
 
@@ -144,6 +155,7 @@ impl Fills {
             }) if *source == wanted.source && Instant::now() < *until => {
                 return Look::Is(Box::new(Found::Failed(error.clone())));
             }
+            Some(Slot::Ending(ending)) => return Look::Ending(ending.clone()),
             Some(Slot::Failed { .. }) | None => {}
         }
         let fill = Arc::new(self.begin(&key, wanted));
@@ -183,6 +195,16 @@ impl Fills {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(&fill.key);
+    }
+
+    /// Closes a fill unless somebody reads it: nobody can join it afterwards, and who asks waits until it has ended.
+    pub(super) fn close_idle(&self, fill: &Fill) -> bool {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = !fill.has_readers();
+        if idle {
+            running.insert(fill.key.clone(), Slot::Ending(fill.progress.subscribe()));
+        }
+        idle
     }
 
     /// Takes a failed fill off the table, leaving its error for those who ask within [`SHARED_FAILURE`].

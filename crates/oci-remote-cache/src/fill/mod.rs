@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use oci::{Digest, Slice};
+use oci::{Digest, RangeHeader, Resolved, Slice};
 use quick_cache::sync::Cache as Memory;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
@@ -237,6 +237,13 @@ impl Fills {
     }
 }
 
+impl Progress {
+    /// Whether it ended without the blob.
+    fn has_failed(&self) -> bool {
+        matches!(self.phase, Phase::Failed(_))
+    }
+}
+
 impl Fill {
     /// Whose repository leads.
     pub fn source(&self) -> &Source {
@@ -295,13 +302,13 @@ impl Fill {
         )
     }
 
-    /// The closed range to begin with, when nobody wants the whole.
-    fn first_part(&self) -> Option<oci::RangeSpec> {
+    /// The closed range to begin with, in a blob of `size` bytes, when nobody wants the whole.
+    fn first_wanted(&self, size: u64) -> Option<Slice> {
         let readers = self.readers();
-        if readers.whole {
-            None
-        } else {
-            readers.first_part
+        let part = readers.first_part.filter(|_| !readers.whole)?;
+        match RangeHeader::single(part).resolve(size) {
+            Resolved::Single(slice) => Some(slice),
+            Resolved::Multiple(_) | Resolved::Unsatisfiable => None,
         }
     }
 

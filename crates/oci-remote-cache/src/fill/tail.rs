@@ -198,33 +198,31 @@ impl Tail {
     }
 
     fn look(&self, progress: &Progress) -> Next {
-        let end = self.end.or_else(|| {
-            progress
-                .size
-                .filter(|_| matches!(progress.phase, Phase::Verified))
-        });
         match &progress.phase {
             Phase::Failed(error) => return Next::Fail(error.clone()),
-            Phase::Alone(alone) if self.unfinished(end) => return Next::GoAlone(Arc::clone(alone)),
             Phase::Opening => return Next::Wait,
             Phase::Filling | Phase::Verified | Phase::Alone(_) => {}
         }
-        if !self.unfinished(end)
-            && (self.release == Release::Arrived || matches!(progress.phase, Phase::Verified))
-        {
+        let verified = matches!(progress.phase, Phase::Verified);
+        let end = self.end.or_else(|| progress.size.filter(|_| verified));
+        if !self.unfinished(end) && (self.release == Release::Arrived || verified) {
             return Next::Done;
         }
-        let Some(spool) = &progress.spool else {
-            return Next::Wait;
-        };
-        let here = self.released(progress, spool.reach(self.position), end);
+        let reach = progress
+            .spool
+            .as_ref()
+            .map_or(self.position, |spool| spool.reach(self.position));
+        let here = self.released(progress, reach, end);
         if here > self.position {
-            Next::Span(Slice {
+            return Next::Span(Slice {
                 start: self.position,
                 end: here.min(self.position + FRAME),
-            })
-        } else {
-            Next::Wait
+            });
+        }
+        match &progress.phase {
+            // What arrived before the cache stopped keeping the blob has been given; the rest comes from the upstream.
+            Phase::Alone(alone) => Next::GoAlone(Arc::clone(alone)),
+            Phase::Opening | Phase::Filling | Phase::Verified | Phase::Failed(_) => Next::Wait,
         }
     }
 

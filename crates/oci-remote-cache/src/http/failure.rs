@@ -64,7 +64,7 @@ fn of_fill(error: &FillError) -> Problem {
         FillError::Mismatch { .. } => {
             Problem::bad_gateway(ErrorCode::BlobUnknown, error.to_string())
         }
-        FillError::Pieces(_) | FillError::Parked | FillError::Stopping => {
+        FillError::Pieces(_) | FillError::Busy { .. } | FillError::Parked | FillError::Stopping => {
             Problem::unavailable(error.to_string(), Duration::from_secs(1))
         }
     }

@@ -115,7 +115,7 @@ async fn send(upstream: &Upstream, ask: &Ask) -> Result<Answer, UpstreamError> {
 }
 
 async fn body(upstream: &Upstream, ask: &Ask) -> Bytes {
-    let answer = send(upstream, ask).await.unwrap();
+    let mut answer = send(upstream, ask).await.unwrap();
     answer
         .read_to(1 << 20, Deadline::for_answer())
         .await
@@ -568,7 +568,7 @@ async fn a_registry_behind_a_redirect_gets_an_anonymous_token() {
         .registry
         .script(Matcher::manifests(), faults::redirect(&location, 307));
     let upstream = bench.with(bench.robot());
-    let answer = send(&upstream, &tag("v1")).await.unwrap();
+    let mut answer = send(&upstream, &tag("v1")).await.unwrap();
     assert!(answer.credential().is_anonymous());
     let read = answer.read_to(1 << 20, Deadline::for_answer()).await;
     assert_eq!(read.unwrap(), image.manifest.data);
@@ -663,7 +663,7 @@ async fn bodies_that_are_not_what_they_claim() {
         Matcher::manifests().of("short"),
         faults::declared(&length, "only this", Ending::Close),
     );
-    let answer = send(&upstream, &tag("short")).await.unwrap();
+    let mut answer = send(&upstream, &tag("short")).await.unwrap();
     let read = answer.read_to(1000, Deadline::for_answer()).await;
     assert!(matches!(read.unwrap_err().fault(), Fault::Broken(_)));
 
@@ -671,7 +671,7 @@ async fn bodies_that_are_not_what_they_claim() {
         Matcher::manifests().of("flood"),
         faults::flood(&[("Connection", "close")], 1 << 20),
     );
-    let answer = send(&upstream, &tag("flood")).await.unwrap();
+    let mut answer = send(&upstream, &tag("flood")).await.unwrap();
     let read = answer.read_to(100_000, Deadline::for_answer()).await;
     assert_eq!(*read.unwrap_err().fault(), Fault::TooLarge);
 

@@ -65,10 +65,10 @@ async fn conclude(fill: &Arc<Fill>, fills: &Fills, outcome: Outcome) -> &'static
             "alone"
         }
         Outcome::Parked(spool) => {
+            // The fill is closed: nobody can have joined it since, and who asks waits for the files to have moved.
             let store = fills.store.clone();
             on_disk(fills, move || spool.park(store.layout())).await;
             fills.store.count_parked().await;
-            fills.leave(fill);
             fill.set(|progress| progress.phase = Phase::Failed(FillError::Parked));
             "parked"
         }
@@ -84,7 +84,10 @@ async fn conclude(fill: &Arc<Fill>, fills: &Fills, outcome: Outcome) -> &'static
 fn fail(fill: &Fill, fills: &Fills, error: FillError) -> &'static str {
     let label = match error {
         FillError::Mismatch { .. } | FillError::Pieces(_) => "mismatch",
-        FillError::Upstream(_) | FillError::Parked | FillError::Stopping => "failed",
+        FillError::Upstream(_)
+        | FillError::Busy { .. }
+        | FillError::Parked
+        | FillError::Stopping => "failed",
     };
     tracing::warn!(%error, source = %fill.source, digest = %fill.key.digest, "a blob was not fetched");
     if matches!(error, FillError::Mismatch { .. }) {
@@ -138,8 +141,10 @@ async fn publish(
     });
     if let Err(error) = fills.store.admit(verified, room).await {
         tracing::warn!(%error, digest = %fill.key.digest, "a finished blob could not be published");
+        on_disk(fills, move || spool.discard()).await;
+    } else {
+        on_disk(fills, move || spool.drop_list()).await;
     }
-    on_disk(fills, move || spool.drop_list()).await;
     fills.leave(fill);
 }
 

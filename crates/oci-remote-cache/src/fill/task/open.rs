@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use oci::{RangeHeader, RangeSpec, Resolved, Slice};
+use oci::Slice;
 
 use super::transfer::{Known, Transfer};
 use crate::deadline::Deadline;
@@ -28,7 +28,9 @@ pub(super) async fn open(
     let kept = resume_kept(fill, fills).await;
     let range = first_range(fill, kept.as_deref(), size_hint);
     let Ok(Some(place)) = deadline.run(fills.place(&fill.key.upstream)).await else {
-        return Err(FillError::Stopping);
+        return Err(FillError::Busy {
+            upstream: fill.key.upstream.clone(),
+        });
     };
     let stream = fill.ask.clone().open(range, deadline).await?;
     fill.set(|progress| {
@@ -87,29 +89,19 @@ async fn resume_kept(fill: &Arc<Fill>, fills: &Fills) -> Option<Arc<Spool>> {
 
 /// The range to open with; `None` is a plain GET of everything, which also tells the size.
 fn first_range(fill: &Fill, kept: Option<&Spool>, size_hint: Option<u64>) -> Option<Slice> {
-    if let Some(size) = kept.and_then(Spool::size) {
-        let all = Slice {
+    if let Some((spool, size)) = kept.and_then(|spool| Some((spool, spool.size()?))) {
+        let wanted = fill.first_wanted(size).unwrap_or(Slice {
             start: 0,
             end: size,
-        };
+        });
         // Even when nothing is missing the upstream is asked, for its answer is what proves that this repository holds the blob.
         let last = Slice {
             start: size.saturating_sub(1),
             end: size,
         };
-        return kept
-            .and_then(|spool| spool.gaps(all).first().copied())
-            .or(Some(last));
+        return spool.gaps(wanted).first().copied().or(Some(last));
     }
-    let size = size_hint.filter(|&size| size > SMALL)?;
-    slice_of(fill.first_part()?, size)
-}
-
-fn slice_of(spec: RangeSpec, size: u64) -> Option<Slice> {
-    match RangeHeader::single(spec).resolve(size) {
-        Resolved::Single(slice) => Some(slice),
-        Resolved::Multiple(_) | Resolved::Unsatisfiable => None,
-    }
+    fill.first_wanted(size_hint.filter(|&size| size > SMALL)?)
 }
 
 /// The spool with room reserved for it; `None` when the disk does not take it.

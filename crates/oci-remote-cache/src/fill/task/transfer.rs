@@ -18,6 +18,7 @@ use crate::store::spool::{PrefixHash, Spool};
 use crate::store::usage::Reservation;
 use crate::upstream::UpstreamError;
 use crate::upstream::resume::BlobStream;
+use crate::verdict::Why;
 
 /// How long a fill that nobody reads goes on when it is neither small nor half in.
 const ABANDONED: Duration = Duration::from_secs(30);
@@ -102,22 +103,30 @@ impl Transfer {
 
     /// Reads on from the opening answer, unless only closed ranges of a large blob are wanted: those are fetched by themselves.
     pub(super) fn begin(&mut self, stream: BlobStream, place: OwnedSemaphorePermit) {
-        let lazy = self
-            .size
-            .is_some_and(|size| self.appetite(size) == Appetite::Asked);
-        let unasked = lazy && self.fill.first_part().is_some() && stream.position() == 0;
-        let end = self
+        let all = self
             .size
             .unwrap_or(UNKNOWN)
             .min(stream.end().unwrap_or(UNKNOWN));
-        if !unasked && self.spool.reach(stream.position()) < end {
-            self.fetches.push(Fetch::new(
-                stream,
-                end,
-                place,
-                &self.fill,
-                (&self.fills, &self.spool),
-            ));
+        let at = stream.position();
+        let end = match self.size.and_then(|size| self.only_wanted(size)) {
+            Some(wanted) if wanted.start <= at && at < wanted.end => wanted.end.min(all),
+            Some(_) => at,
+            None => all,
+        };
+        if self.spool.reach(at) < end {
+            let shared = (&self.fills, &self.spool);
+            self.fetches
+                .push(Fetch::new(stream, end, place, &self.fill, shared));
+        }
+    }
+
+    /// The one range that is wanted of a large blob, when that is all.
+    fn only_wanted(&self, size: u64) -> Option<Slice> {
+        let lazy = self.appetite(size) == Appetite::Asked;
+        if lazy {
+            self.fill.first_wanted(size)
+        } else {
+            None
         }
     }
 
@@ -158,6 +167,7 @@ impl Transfer {
 
     async fn handle(&mut self, event: Event) -> Flow {
         match event {
+            Event::Woken if self.is_too_large() => self.go_alone(Why::TooLarge).await,
             Event::Woken => self.when_abandoned(),
             Event::Fetched(ended) => Box::pin(self.fetched(ended)).await,
             Event::Hashed(Ok((hash, Ok(())))) => {
@@ -179,7 +189,7 @@ impl Transfer {
                 self.measure();
                 self.when_abandoned()
             }
-            Event::Stopping => Flow::End(Outcome::Parked(Arc::clone(&self.spool))),
+            Event::Stopping => self.park(),
         }
     }
 
@@ -295,10 +305,10 @@ impl Transfer {
             let keep = self.spool.total() > 0
                 && error.is_outage()
                 && self.size.is_some_and(|size| size > SMALL);
-            let spool = Arc::clone(&self.spool);
-            if keep && !self.fill.has_readers() {
-                return Flow::End(Outcome::Parked(spool));
+            if keep && let Flow::End(parked) = self.park() {
+                return Flow::End(parked);
             }
+            let spool = Arc::clone(&self.spool);
             return Flow::End(Outcome::Failed(error.into(), Some(spool)));
         }
         tracing::info!(%error, "an extra connection failed; going on with fewer");
@@ -321,6 +331,12 @@ impl Transfer {
             self.disk_fault = DiskFault::RoomMade;
             return Flow::On;
         }
+        self.go_alone(Why::Disk).await
+    }
+
+    /// The cache stops keeping the blob; its readers go on from the upstream by themselves.
+    async fn go_alone(&mut self, why: Why) -> Flow {
+        self.fetches.clear();
         let hash = match std::mem::replace(&mut self.hash, Hashing::Lost) {
             Hashing::Idle(hash) => hash,
             Hashing::Away(job) => match job.await {
@@ -333,8 +349,8 @@ impl Transfer {
         let discarded = Arc::clone(&spool);
         on_disk(&self.fills, move || discarded.discard()).await;
         Flow::End(Outcome::Alone(Box::new(Alone::midway(
-            self.size,
-            self.validator.clone(),
+            why,
+            (self.size, self.validator.clone()),
             spool,
             *hash,
         ))))
@@ -367,6 +383,19 @@ impl Transfer {
         if worth || self.size.is_none() || since.elapsed() < ABANDONED {
             return Flow::On;
         }
-        Flow::End(Outcome::Parked(Arc::clone(&self.spool)))
+        self.park()
+    }
+
+    /// Sets the pieces aside, unless somebody has come to read after all.
+    fn park(&self) -> Flow {
+        if self.fills.close_idle(&self.fill) {
+            return Flow::End(Outcome::Parked(Arc::clone(&self.spool)));
+        }
+        Flow::On
+    }
+
+    /// A blob whose size nobody told has grown past what is kept.
+    fn is_too_large(&self) -> bool {
+        self.size.is_none() && self.spool.total() > self.fills.store.max_blob()
     }
 }
