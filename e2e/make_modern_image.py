@@ -4,7 +4,7 @@
 usage: make_modern_image.py LAYOUT_DIR BUSYBOX ARCH
 
 Four tags, each an image of one platform with a root file system and one layer of random files:
-`lazy1` and `lazy2`, 48 MiB in files of 2 MiB, the first three of which differ; `small`, 30 MiB, and `large`, 50 MiB, in one file.
+`lazy1` and `lazy2`, 48 MiB in files of 2 MiB, three of which differ; `small`, 30 MiB, and `large`, 50 MiB, in one file.
 """
 
 import json
@@ -15,7 +15,7 @@ from make_image import MIB, Layout, image, layer, random_layer, root_layer, tar_
 
 FILE_COUNT = 24
 FILE_SIZE = 2 * MIB
-CHANGED = (0, 1, 2)  # side by side, so that what a lazy client fetches of them is more than a few scattered bytes
+CHANGED = (1, 2, 3)  # side by side, so that a lazy client fetches a few MiB in a row
 
 
 def lazy_layer(version):

@@ -5,14 +5,14 @@ SUITE=modern
 . "$(dirname "$0")/lib.sh"
 . "$E2E_DIR/install.sh"
 . "$E2E_DIR/sid.sh"
-sid_build || { fail "a Debian sid root can be built"; exit 0; }
 sid_apart "$0" "$@"
 
-client_home
-unset STORAGE_DRIVER
 stop_on_exit
 trap 'stop_all; sid_leave' EXIT
-check "the sid root can be entered" sid_enter || exit 0
+sid_build || { fail "a root of Debian sid can be built"; exit 0; }
+client_home
+unset STORAGE_DRIVER
+check "the root of Debian sid can be entered" sid_enter || exit 0
 for package in podman docker.io containerd; do say "$package $(sid_version "$package")"; done
 
 MODERN_REPO=modern/app
@@ -66,11 +66,13 @@ upstream_sent() { # NAME LINES [DIGEST]
 
 # The same of what clients got from the cache, and how many of the answers were ranges.
 client_got() { # LINES [DIGEST]
-  since cache "$1" | jq -rR --arg blob "/blobs/${2:-}" 'fromjson? | select(.target == "access" and .method == "GET" and (.path | contains($blob)))
-    | "\(.status) \(.bytes)"' | awk '{ requests++; bytes += $2; parts += $1 == 206 } END { print requests + 0, bytes + 0, parts + 0 }'
+  answers_since "$1" | jq -r --arg blob "/blobs/${2:-}" 'select(.method == "GET" and (.path | contains($blob))) | "\(.status) \(.bytes)"' |
+    awk '{ requests++; bytes += $2; parts += $1 == 206 } END { print requests + 0, bytes + 0, parts + 0 }'
 }
+
+answers_since() { since cache "$1" | jq -cR 'fromjson? | select(.target == "access")'; } # LINES
 requests_without_ns() { # LINES
-  since cache "$1" | jq -rR 'fromjson? | select(.target == "access" and (.path | contains("ns=docker.io") | not)) | .path' | grep -vc '^/healthz'
+  answers_since "$1" | jq -r 'select(.path | contains("ns=docker.io") | not) | .path' | grep -vc '^/healthz'
 }
 
 upstream_counter() {
@@ -130,7 +132,7 @@ tree_sum() { # STORE IMAGE
   podman5 "$1" image umount "$2" >/dev/null
 }
 
-push_chunked() { # TAG
+push_chunked() { # STORE TAG
   podman5 "$1" pull -q "oci:$E2E_WORK/modern:$2" >"$1.id" &&
     podman5 "$1" push -q --tls-verify=false --compression-format zstd:chunked --force-compression \
       "$(cat "$1.id")" "docker://127.0.0.1:$PORT_anon/$MODERN_REPO:$2" &&
@@ -189,7 +191,7 @@ lazy_warm() { # WHAT TAG STORE
 }
 
 verdicts() { # LINES
-  since cache "$1" | jq -rR 'fromjson? | select(.target == "access" and .kind == "blob") | .verdict' | sort -u | xargs
+  answers_since "$1" | jq -r 'select(.kind == "blob") | .verdict' | sort -u | xargs
 }
 
 # What a cache that holds a part can do alone: either is right, and how it ended is told.
@@ -202,7 +204,7 @@ lazy_partly_held() { # WHAT TAG STORE
     return
   fi
   say "$1: a pull of what is only partly held fails: $(tail -n 1 "$E2E_WORK/partly.log")"
-  since cache "$cache_from" | jq -rR 'fromjson? | select(.target == "access" and .kind == "blob")
+  answers_since "$cache_from" | jq -r 'select(.kind == "blob")
     | "        \(.method) \(.path | split("/") | last | .[0:19]) \(.status) \(.verdict) \(.bytes) bytes \(.end) \(.why // "")"'
 }
 
@@ -212,7 +214,7 @@ parked() { [ -n "$(find "$CACHE_DIR/parked" -type f 2>/dev/null)" ]; }
 fetches_at_most() { # WHAT LIMIT COMMAND...
   local what=$1 limit=$2 from requests moved
   from=$(log_length anon)
-  check "$what" "${@:3}"
+  check "$what" "${@:3}" || return
   settle
   read -r requests moved < <(upstream_sent anon "$from")
   at_most "$what: bytes from upstream, in $requests requests" "$moved" "$limit"
@@ -262,16 +264,18 @@ with_a_part() { # WHAT STORE...
 
 # The upstream is away when somebody asks for a layer of which a part is parked: that part is still there afterwards.
 with_an_outage() { # WHAT STORE...
-  local what=$1 layer size
+  local what=$1 size
   shift
-  read -r layer size < <(layer_of lazy2)
+  read -r _ size < <(layer_of lazy2)
   cache_start
   check "$what: cold pull, once more" podman_pull "$1" "$(cached_image lazy2)"
   check "$what: the part is parked" wait_until 60 parked
   upstream_stop anon
   lazy_partly_held "$what, part parked, upstream stopped" lazy2 "$2"
   upstream_start anon
-  fetches_at_most "$what, part parked, upstream back: skopeo copies the whole image" "$((size - 2 * MIB))" copy_whole lazy2
+  # An upstream that failed is left alone for a second.
+  fetches_at_most "$what, part parked, upstream back: skopeo copies the whole image" "$((size - 2 * MIB))" \
+    wait_until 20 copy_whole lazy2
   check "$what: every file under blobs/ hashes to its name" hashes_match
   cache_stop
 }

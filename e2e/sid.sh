@@ -1,8 +1,8 @@
 # A root of Debian sid for the clients that the machine's own Debian is too old for. Sourced by modern.sh; needs lib.sh and install.sh.
 #
-# Built once, kept in the suite's cache folder and never written to afterwards: sid_enter lays a throw-away layer over it, in a mount
-# namespace of the calling script, so that nothing stays mounted however that script ends. Sid moves: what is in it is what was newest
-# when it was built. Remove the folder to get a newer one.
+# Built once, kept in the suite's cache folder and never written to afterwards: sid_enter lays a throw-away layer over it. That is done
+# in a mount namespace of the script's own, so that nothing stays mounted however the script ends. Sid moves: what is in the root is what
+# was newest when it was built. Remove the folder to get a newer one.
 
 SID_BASE=$E2E_CACHE/sid
 SID_PACKAGES=podman,skopeo,docker.io,docker-cli,containerd,runc,crun,ca-certificates,iptables
@@ -10,17 +10,14 @@ SID_PACKAGES=podman,skopeo,docker.io,docker-cli,containerd,runc,crun,ca-certific
 sid_build() {
   [ ! -d "$SID_BASE" ] || return 0
   command -v mmdebstrap >/dev/null || E2E_PACKAGES="mmdebstrap:mmdebstrap" install_packages
-  say "building the Debian sid root $SID_BASE: some minutes, 1.5 GB"
-  local partial=$SID_BASE.partial.$$
+  say "building the Debian sid root $SID_BASE: some minutes, 0.6 GB"
+  SID_PARTIAL=$SID_BASE.partial.$$
   mkdir -p "$E2E_CACHE"
   # A mirror that stands still outlives the date in its Release file; its signature is checked all the same.
-  if ! nice mmdebstrap --quiet --variant=minbase --include="$SID_PACKAGES" --aptopt='Acquire::Check-Valid-Until "false"' \
+  nice mmdebstrap --quiet --variant=minbase --include="$SID_PACKAGES" --aptopt='Acquire::Check-Valid-Until "false"' \
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
-    sid "$partial" "$(debian_mirror)" </dev/null; then
-    rm -rf --one-file-system "$partial"
-    return 1
-  fi
-  mv -T "$partial" "$SID_BASE"
+    sid "$SID_PARTIAL" "$(debian_mirror)" </dev/null &&
+    mv -T "$SID_PARTIAL" "$SID_BASE"
 }
 
 # The mirror that this machine's own packages come from, for sid too.
@@ -51,7 +48,9 @@ sid_enter() {
     mount --bind "$E2E_WORK" "$SID_ROOT$E2E_WORK"
 }
 
+# For the script's trap.
 sid_leave() {
+  [ -z "${SID_PARTIAL:-}" ] || rm -rf --one-file-system "$SID_PARTIAL"
   ! mountpoint -q "$E2E_WORK/sid" || umount --recursive --lazy "$E2E_WORK/sid"
 }
 

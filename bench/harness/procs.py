@@ -21,8 +21,6 @@ class Process:
                 command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, start_new_session=True
             )
         self.pid = self.popen.pid
-        if url:
-            self.wait_for_answer()
 
     def wait_for_answer(self, seconds=30):
         """Returns once the URL answers, with any status."""

@@ -12,19 +12,19 @@ import tempfile
 import time
 import urllib.request
 
-from harness import machine
 from harness.procs import Process, output_of
 
 OURS = "oci-remote-cache"
 NGINX_CACHE = "nginx proxy_cache"
 NGINX_STATIC = "nginx static"
+NGINX_LOGGING = "nginx static, access log"
 REGISTRY_PROXY = "docker-registry proxy"
 
 NGINX = """
 daemon off; user root; worker_processes 2; pid {dir}/pid; error_log stderr warn;
 events {{ worker_connections 4096; }}
 http {{
-  access_log off; sendfile on; tcp_nopush on; sendfile_max_chunk 2m; keepalive_requests 100000000;
+  access_log {access_log}; sendfile on; tcp_nopush on; sendfile_max_chunk 2m; keepalive_requests 100000000;
   open_file_cache max=1000 inactive=60s;
   client_body_temp_path {dir}/body; proxy_temp_path {dir}/proxy; fastcgi_temp_path {dir}/fcgi;
   uwsgi_temp_path {dir}/uwsgi; scgi_temp_path {dir}/scgi;
@@ -49,6 +49,17 @@ NGINX_STATIC_HTTP = """
   server {{ listen 127.0.0.1:{port} reuseport; root {root}; }}
 """
 
+# Only refuses what is not HTTP, as real registries do at once: podman tries TLS first, and the test bed's server waits for more of it.
+NGINX_DOOR_HTTP = """
+  upstream behind {{ server {behind}; keepalive 64; }}
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{
+      proxy_pass http://behind; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $http_host;
+    }}
+  }}
+"""
+
 REGISTRY = """
 version: 0.1
 log: {{ level: error, accesslog: {{ disabled: {quiet} }} }}
@@ -61,10 +72,9 @@ http: {{ addr: "127.0.0.1:{port}", secret: bench }}
 class Bench:
     """One run: its work folder, its programs, everything that it started."""
 
-    def __init__(self, quick, rounds):
-        self.quick, self.rounds = quick, rounds
+    def __init__(self, quick, rounds, binaries):
+        self.quick, self.rounds, self.bin = quick, rounds, binaries
         self.work = tempfile.mkdtemp(prefix="orc-bench.", dir=os.environ.get("BENCH_TMPDIR", "/tmp"))
-        self.bin = machine.build()
         self.processes = []
 
     def dir(self, name):
@@ -74,6 +84,8 @@ class Bench:
     def start(self, name, command, url=None, env=None):
         process = Process(name, command, os.path.join(self.work, f"{name.replace(' ', '-')}.log"), url, env)
         self.processes.append(process)
+        if url:
+            process.wait_for_answer()
         return process
 
     def stop(self, process):
@@ -114,10 +126,10 @@ class Bench:
         file = self.write(f"{name}.yml", config)
         return self.served(name, port, ["docker-registry", "serve", file])
 
-    def nginx(self, name, http, **more):
-        port, folder = free_port(), self.dir("nginx")
+    def nginx(self, name, http, port=None, access_log="off", **more):
+        port, folder = port or free_port(), self.dir("nginx")
         http = http.format(dir=folder, port=port, **more)
-        file = self.write(f"{name}.conf", NGINX.format(dir=folder, http=http))
+        file = self.write(f"{name}.conf", NGINX.format(dir=folder, http=http, access_log=access_log))
         return self.served(name, port, ["nginx", "-p", folder, "-c", file])
 
     def nginx_cache(self, upstream):
@@ -126,13 +138,22 @@ class Bench:
     def nginx_static(self, root):
         return self.nginx(NGINX_STATIC, NGINX_STATIC_HTTP, root=root)
 
-    def ours(self, upstream_url, keys="", name=OURS):
-        """The cache with an empty folder; `keys` are further lines of the upstream's section. None when it does not know one of them."""
+    def nginx_logging(self, root):
+        """With a line for each request, as ours writes one."""
+        return self.nginx(NGINX_LOGGING, NGINX_STATIC_HTTP, access_log=os.path.join(self.work, "nginx-access.log"), root=root)
+
+    def nginx_door(self, port, behind):
+        return self.nginx("door", NGINX_DOOR_HTTP, port, behind=behind.url.removeprefix("http://"))
+
+    def ours(self, upstream_url, keys="", top=""):
+        """The cache with an empty folder; `top` and `keys` are further lines of the configuration and of the upstream's section. None when it
+        does not know one of them."""
         port, folder = free_port(), self.dir("cache")
         config = f"""listen = "127.0.0.1:{port}"
 admin_listen = "127.0.0.1:{free_port()}"
 cache_dir = "{folder}"
 default_upstream = "bench.test"
+{top}
 [upstreams."bench.test"]
 url = "{upstream_url}"
 tag_ttl = "10m"
@@ -142,7 +163,7 @@ tag_ttl = "10m"
         binary = os.path.join(self.bin, OURS)
         if subprocess.run([binary, "config", "check", "--config", file], capture_output=True, check=False).returncode:
             return None
-        process = self.served(name, port, [binary, "serve", "--config", file], "/healthz")
+        process = self.served(OURS, port, [binary, "serve", "--config", file], "/healthz")
         process.folder = folder
         return process
 
@@ -152,7 +173,7 @@ tag_ttl = "10m"
         shutil.rmtree(process.folder)
 
     def throttled(self, layout, repo, **options):
-        """The test bed's registry: rate, latency_ms, auth."""
+        """The test bed's registry: rate, latency_ms, realm."""
         command = [os.path.join(self.bin, "throttled"), "--layout", layout, "--repo", repo]
         for name, value in options.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
@@ -212,8 +233,13 @@ class AccessLog:
         return len(gets), sum(gets)
 
 
+def check(server, blob, path=None):
+    """A whole download, hashed, as the load client does not look at what it gets."""
+    if sha256_of(server.url + (path or blob.path)) != blob.hex:
+        raise RuntimeError(f"{server.name} serves wrong bytes of {blob.digest}")
+
+
 def sha256_of(url):
-    """A whole download, hashed: the check that goes before every measurement."""
     hasher = hashlib.sha256()
     with urllib.request.urlopen(url, timeout=300) as answer:
         while part := answer.read(1 << 20):

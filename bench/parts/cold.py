@@ -3,7 +3,7 @@
 from harness.data import Layout, Shelf
 from harness.figures import GB, MIB, column, mib, middle, paired, table
 from harness.procs import Meter
-from harness.servers import NGINX_CACHE, OURS, REGISTRY_PROXY, AccessLog, asked
+from harness.servers import NGINX_CACHE, OURS, REGISTRY_PROXY, AccessLog, asked, check
 
 COMMANDS = ["nginx", "docker-registry"]
 RATE = 20_000_000
@@ -55,6 +55,7 @@ def narrow_download(bench, upstream, blob, keys):
     seen = bench.drain(server.url + blob.path)
     stats = asked(upstream.url + "/bench/stats")
     if keys is not None:
+        check(server, blob)
         bench.drop(server)
     gets = [one for one in stats["requests"] if one["kind"] == "blob" and one["method"] == "GET"]
     return {
@@ -107,6 +108,7 @@ def download(bench, upstream, server, blob):
     with Meter(server, interval=0.01) as meter:
         seen = bench.drain(server.url + blob.path)
     gets, _ = log.gets()
+    check(server, blob)
     return {
         "direct": direct["seconds"],
         "seconds": seen["seconds"],

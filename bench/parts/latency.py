@@ -9,9 +9,9 @@ from collections import Counter
 from harness.data import Layout
 from harness.figures import column, middle, paired, table
 from harness.procs import output_of
-from harness.servers import asked
+from harness.servers import asked, free_port
 
-COMMANDS = ["podman", "containerd", "ctr", "runc"]
+COMMANDS = ["nginx", "podman", "containerd", "ctr", "runc"]
 REPO = "bench/image"
 KIB = 1024
 
@@ -101,31 +101,32 @@ def run(bench):
     layout = Layout(bench.dir("layout"))
     layout.add_image("v1", [(4096 if number % 10 == 9 else 256) * KIB for number in range(layers)])
     layout.finish()
-    upstream = bench.throttled(layout.root, REPO, latency_ms=50, auth="token")
+    port = free_port()
+    upstream = bench.throttled(layout.root, REPO, latency_ms=50, realm=f"http://127.0.0.1:{port}/token")
+    door = bench.nginx_door(port, upstream)
     clients = [Podman(bench), Containerd(bench)]
     found = {client.name: {"direct": [], "cold": [], "warm": []} for client in clients}
     for _ in range(bench.rounds):
         for client in clients:
-            one_round(bench, upstream, client, found[client.name])
-    bench.stop(upstream)
+            one_round(bench, door, client, found[client.name])
     rows = [row(client, way, rounds, ways["direct"]) for client, ways in found.items() for way, rounds in ways.items()]
     head = ["client", "pull", "s", "it / direct", "upstream requests", "of these (last round)"]
     return [table(f"latency: image of {layers} layers, 50 ms before each answer of the upstream, token", head, rows)], found
 
 
-def one_round(bench, upstream, client, found):
-    found["direct"].append(counted(bench, upstream, client, upstream))
-    server = bench.ours(upstream.url)
-    found["cold"].append(counted(bench, upstream, client, server))
-    found["warm"].append(counted(bench, upstream, client, server))
+def one_round(bench, door, client, found):
+    found["direct"].append(counted(bench, door, client, door))
+    server = bench.ours(door.url)
+    found["cold"].append(counted(bench, door, client, server))
+    found["warm"].append(counted(bench, door, client, server))
     bench.drop(server)
 
 
-def counted(bench, upstream, client, server):
+def counted(bench, door, client, server):
     bench.settle()
-    asked(upstream.url + "/bench/reset")
+    asked(door.url + "/bench/reset")
     seconds = client.pull(server.url)
-    requests = asked(upstream.url + "/bench/stats")["requests"]
+    requests = asked(door.url + "/bench/stats")["requests"]
     kinds = Counter(f"{one['method']} {one['kind']} {one['status']}" for one in requests)
     return {"seconds": seconds, "requests": len(requests), "kinds": dict(sorted(kinds.items()))}
 

@@ -5,7 +5,7 @@ from statistics import median
 from harness.data import Shelf
 from harness.figures import GB, MIB, table
 from harness.procs import Meter
-from harness.servers import AccessLog
+from harness.servers import AccessLog, check
 
 COMMANDS = ["docker-registry"]
 
@@ -21,11 +21,13 @@ def run(bench):
     log = AccessLog(upstream)
     with Meter(server) as meter:
         seen = bench.drain(server.url + blob.path, readers, slow=1024)
-    gets, _ = log.gets()
+    gets, sent = log.gets()
+    check(server, blob)
     found = {
         "readers": readers,
         "size": size,
         "gets": gets,
+        "moved": sent / size,
         "idle": meter.idle,
         "peak": meter.peak,
         "seconds": seen["seconds"],
@@ -40,7 +42,7 @@ def run(bench):
         ["anonymous memory, idle", f"{meter.idle / MIB:.1f} MiB"],
         ["anonymous memory, peak", f"{meter.peak / MIB:.1f} MiB"],
         ["above idle", f"{above:.1f} MiB = {1024 * above / (readers + 1):.0f} KiB a reader"],
-        ["upstream GETs", gets],
+        ["upstream GETs", f"{gets}, together {sent / size:.2f} times the blob"],
         ["all but the slow one done, s", f"{seen['seconds']:.1f}"],
         ["together, GB/s", f"{found['gb_per_second']:.2f}"],
         ["median first byte, ms", f"{found['first_byte_ms']:.0f}"],

@@ -5,7 +5,7 @@ from statistics import median
 from harness.data import Shelf
 from harness.figures import GB, MIB, column, mib, middle, paired, table
 from harness.procs import Meter
-from harness.servers import NGINX_CACHE, OURS, REGISTRY_PROXY, AccessLog
+from harness.servers import NGINX_CACHE, OURS, REGISTRY_PROXY, AccessLog, check
 
 COMMANDS = ["nginx", "docker-registry"]
 
@@ -25,7 +25,6 @@ def run(bench):
         seen = found[clients] = {name: [] for name in contenders}
         for _ in range(bench.rounds):
             blob = shelf.add(size=size)
-            bench.settle()
             for name, server in contenders.items():
                 seen[name].append(storm(bench, upstream, server, blob, clients))
     tables = [table_of(clients, size, seen) for clients, seen in found.items()]
@@ -38,6 +37,7 @@ def storm(bench, upstream, server, blob, clients):
     with Meter(server) as meter:
         seen = bench.drain(server.url + blob.path, clients)
     gets, sent = log.gets()
+    check(server, blob)
     return {
         "gets": gets,
         "moved": sent / blob.size,

@@ -90,6 +90,7 @@ impl App {
             max_blob: config.cache.max_blob,
         };
         let store = Store::open(settings, clock.clone(), metrics.clone(), tasks.clone()).await?;
+        greet(&store);
         let fills = Fills::new(
             store.clone(),
             metrics.clone(),
@@ -188,6 +189,22 @@ impl Signals {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
+    }
+}
+
+/// The first lines of a log: what runs where, and whether what it keeps will last.
+fn greet(store: &Store) {
+    let folder = store.layout().root();
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        cache_dir = %folder.display(),
+        max_size_bytes = store.usage().max_size(),
+        stored_blobs = store.usage().count(),
+        stored_bytes = store.usage().total(),
+        "starting"
+    );
+    if let Some(warning) = store.layout().lasting().warning(folder) {
+        tracing::warn!("{warning}");
     }
 }
 

@@ -17,7 +17,7 @@ use crate::verdict::{Verdict, Why};
 /// What an answer to a client is counted under.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabels {
-    /// `manifest`, `blob`, `tags`, `referrers`, `base` or `other`.
+    /// `manifest`, `blob`, `tags`, `referrers`, `catalog`, `base`, `health` or `other`.
     pub kind: &'static str,
     /// The upstream's key; empty where none was named.
     pub upstream: String,
@@ -55,7 +55,7 @@ pub struct WhyLabel {
 /// How a fill ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct OutcomeLabel {
-    /// `published`, `failed`, `mismatch`, `parked` or `detached`.
+    /// `published`, `failed`, `mismatch`, `parked` or `alone`.
     pub outcome: &'static str,
 }
 

@@ -40,8 +40,6 @@ pub enum Why {
     Disk,
     /// The client's `Accept` differs from what the cache keeps.
     Accept,
-    /// Listings are passed through.
-    Listing,
 }
 
 /// Whether a slice was sent before its blob's digest had been checked.
@@ -106,7 +104,6 @@ impl Why {
             Self::TooLarge => "too-large",
             Self::Disk => "disk",
             Self::Accept => "accept",
-            Self::Listing => "listing",
         }
     }
 }

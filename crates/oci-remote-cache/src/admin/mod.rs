@@ -13,8 +13,7 @@ use hyper::{Method, Response};
 use oci::ErrorCode;
 
 use crate::http::body::Body;
-use crate::http::listen::Handler;
-use crate::http::observe::Audience;
+use crate::http::listen::{Audience, Handler};
 use crate::http::problem::Problem;
 use crate::metrics::Metrics;
 use health::Readiness;

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use oci::{AnyDigest, Digest};
 
-use super::Cache;
 use super::error::{CacheError, Thing};
 use super::right::{Claim, refused};
+use super::{Cache, all_of};
 use crate::deadline::Deadline;
 pub use crate::fill::direct::DirectReader;
 use crate::fill::tail::Joined;
@@ -20,11 +21,16 @@ use crate::upstream::Fault;
 use crate::upstream::resume::BlobAsk;
 use crate::verdict::{Verdict, Why};
 
+/// Blobs up to this many bytes are answered from memory: 64 KiB.
+const SMALL_BLOB: u64 = 64 << 10;
+
 /// Where a blob's bytes come from.
 #[derive(Debug)]
 pub enum BlobAnswer {
     /// The disk.
     Stored(Blob),
+    /// Memory: small blobs, which an open and a read would cost more than their bytes.
+    Held(Bytes),
     /// A fill, which this request leads or follows.
     Filling(Box<Open>, Verdict),
     /// The upstream, unverified and unkept: the digest's algorithm is not one we know.
@@ -70,10 +76,15 @@ impl Cache {
         {
             return Err(refused(grant.source(), Thing::Blob, refusal));
         }
+        if standing == Standing::Proven
+            && let Some(body) = self.small(&digest)
+        {
+            return Ok(BlobAnswer::Held(body));
+        }
         loop {
             let wanted = self.wanted(grant, digest, standing, wish)?;
             match self.inner.fills.find(&wanted).await {
-                Found::Stored(blob) => return Ok(BlobAnswer::Stored(blob)),
+                Found::Stored(blob) => return Ok(self.opened_small(blob).await),
                 Found::Lead(joined) => {
                     return self
                         .opened(grant, digest, joined, (Verdict::Miss, deadline))
@@ -90,6 +101,32 @@ impl Cache {
                     standing = Standing::Proven;
                 }
             }
+        }
+    }
+
+    /// A small blob in memory that is on disk too: what was evicted or purged is not served from memory either.
+    fn small(&self, digest: &Digest) -> Option<Bytes> {
+        let body = self.inner.small.get(digest)?;
+        if !self.inner.store.contains(digest) {
+            self.inner.small.remove(digest);
+            return None;
+        }
+        self.inner.store.touch(digest);
+        Some(body)
+    }
+
+    /// A stored blob; a small one is kept in memory from now on.
+    async fn opened_small(&self, blob: Blob) -> BlobAnswer {
+        if blob.size > SMALL_BLOB {
+            return BlobAnswer::Stored(blob);
+        }
+        let span = blob.span(all_of(blob.size));
+        match self.inner.tasks.spawn_blocking(move || span.read()).await {
+            Ok(Ok(body)) => {
+                self.inner.small.insert(blob.digest, body.clone());
+                BlobAnswer::Held(body)
+            }
+            Ok(Err(_)) | Err(_) => BlobAnswer::Stored(blob),
         }
     }
 

@@ -169,11 +169,9 @@ impl Cache {
         method: Method,
         error: &CacheError,
     ) -> Option<ManifestAnswer> {
-        let catalog = self.inner.store.catalog();
-        catalog
-            .membership(grant.source(), &record.digest, Kind::Manifest)
-            .ok()
-            .flatten()?;
+        if !self.is_member(grant.source(), &record.digest, Kind::Manifest) {
+            return None;
+        }
         let held = self.held(&record.digest).await?;
         let answer = ManifestAnswer {
             digest: record.digest.into(),
@@ -319,63 +317,45 @@ impl Cache {
         judged: Judged,
         tag: Option<(&Tag, Timestamp)>,
     ) -> Fetched {
+        self.remember_sizes(&judged.view);
+        let mut changes = judged.changes(source, tag);
         let Judged {
-            digest,
-            view,
-            body,
-            credential,
+            digest, view, body, ..
         } = judged;
         let size = body.len() as u64;
-        let media_type = view.media_type().clone();
-        self.remember_sizes(&view);
-        let membership = Membership {
-            source: source.clone(),
-            digest,
-            kind: Kind::Manifest,
-            credential,
-            proof: Proof::Delivered,
-        };
-        let mut changes = vec![
-            Change::Membership(membership),
-            Change::Manifest(
-                digest,
-                ManifestRecord {
-                    media_type: media_type.clone(),
-                    size,
-                },
-            ),
-        ];
-        if let Some((tag, checked)) = tag {
-            let record = tag_record(source, tag, (digest, media_type.clone(), size), checked);
-            changes.push(Change::Tag(Box::new(record)));
-        }
         let written = self.write_manifest(digest, body.clone()).await;
         if let Some(verified) = &written {
+            let spool_name = verified.spool_name();
             changes.push(Change::Pending(PendingRecord {
                 digest,
                 size,
-                spool_name: verified.spool_name(),
+                spool_name,
             }));
         }
-        self.inner.manifests.insert(
-            digest,
-            Held {
-                body: body.clone(),
-                media_type: media_type.clone(),
-            },
-        );
+        let media_type = view.media_type().clone();
+        let held = Held {
+            body: body.clone(),
+            media_type: media_type.clone(),
+        };
+        self.inner.manifests.insert(digest, held);
         if let Err(error) = self.inner.store.catalog().record(changes).await {
             self.store_fault(&error);
         }
         if let Some(verified) = written {
             self.publish_later(verified);
         }
+        let kept = self.inner.store.writable();
+        let verdict = if kept {
+            Verdict::Miss
+        } else {
+            Verdict::Bypass(Why::Disk)
+        };
         Fetched {
             digest,
             media_type,
             size,
             body: Some(body),
-            verdict: Verdict::Miss,
+            verdict,
         }
     }
 
@@ -402,7 +382,9 @@ impl Cache {
         match written {
             Ok(verified) => verified,
             Err(error) => {
-                self.inner.metrics.store_faults.inc();
+                self.inner
+                    .store
+                    .note_failure("a manifest could not be written", &error);
                 tracing::warn!(%error, %digest, "a manifest could not be written; it is served all the same");
                 None
             }
@@ -486,6 +468,34 @@ impl Cache {
             verdict: Verdict::Bypass(why),
             age: None,
         })
+    }
+}
+
+impl Judged {
+    /// What to write down of it.
+    fn changes(&self, source: &Source, tag: Option<(&Tag, Timestamp)>) -> Vec<Change> {
+        let (digest, size) = (self.digest, self.body.len() as u64);
+        let media_type = self.view.media_type().clone();
+        let membership = Membership {
+            source: source.clone(),
+            digest,
+            kind: Kind::Manifest,
+            credential: self.credential.clone(),
+            proof: Proof::Delivered,
+        };
+        let record = ManifestRecord {
+            media_type: media_type.clone(),
+            size,
+        };
+        let tag = tag.map(|(tag, checked)| {
+            let record = tag_record(source, tag, (digest, media_type, size), checked);
+            Change::Tag(Box::new(record))
+        });
+        let known = [
+            Change::Membership(membership),
+            Change::Manifest(digest, record),
+        ];
+        known.into_iter().chain(tag).collect()
     }
 }
 

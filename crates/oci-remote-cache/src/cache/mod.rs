@@ -18,6 +18,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use oci::{AnyDigest, Digest, Reference, RepositoryName, Slice};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache as Memory;
@@ -43,6 +44,9 @@ use crate::upstream::{Ask, Method, Resource, Upstream};
 
 /// Manifest bytes kept in memory: 64 MiB.
 const MANIFEST_MEMORY: u64 = 64 << 20;
+
+/// Bytes of small blobs (image configs, mostly) kept in memory: 64 MiB.
+const SMALL_MEMORY: u64 = 64 << 20;
 
 /// Layer sizes remembered from manifests.
 const SIZES: usize = 50_000;
@@ -71,6 +75,7 @@ struct Inner {
     metrics: Metrics,
     tasks: Tasks,
     manifests: Memory<Digest, Held, ByLength>,
+    small: Memory<Digest, Bytes, ByLength>,
     sizes: Memory<Digest, u64>,
     negatives: Negatives,
     tags: Flights<(Source, oci::Tag, Method), Result<Fetched, CacheError>>,
@@ -80,13 +85,19 @@ struct Inner {
     listing_flights: Flights<ListingKey, Result<Arc<listing::Listing>, CacheError>>,
 }
 
-/// Weighs manifests by their bytes.
+/// Weighs what is in memory by its bytes.
 #[derive(Clone, Debug)]
 struct ByLength;
 
 impl Weighter<Digest, Held> for ByLength {
     fn weight(&self, _digest: &Digest, held: &Held) -> u64 {
         held.body.len() as u64 + 256
+    }
+}
+
+impl Weighter<Digest, Bytes> for ByLength {
+    fn weight(&self, _digest: &Digest, body: &Bytes) -> u64 {
+        body.len() as u64 + 128
     }
 }
 
@@ -100,6 +111,7 @@ impl Cache {
     ) -> Self {
         let inner = Inner {
             manifests: Memory::with_weighter(4096, MANIFEST_MEMORY, ByLength),
+            small: Memory::with_weighter(4096, SMALL_MEMORY, ByLength),
             sizes: Memory::new(SIZES),
             negatives: Negatives::new(),
             tags: Flights::new(tasks.clone()),

@@ -63,8 +63,11 @@ impl Cache {
         }
         let catalog = self.inner.store.catalog();
         match catalog.membership(source, &digest, kind) {
-            Ok(Some(_)) => return Ok(Claim::Proven(Right { digest })),
-            Ok(None) => {}
+            Ok(Some(credential)) if self.counts(source, &credential) => {
+                return Ok(Claim::Proven(Right { digest }));
+            }
+            // Proven with a credential that is configured no more: asked anew.
+            Ok(Some(_) | None) => {}
             Err(error) => {
                 self.store_fault(&error);
                 return Ok(Claim::Open);
@@ -79,6 +82,23 @@ impl Cache {
         self.prove(grant, digest, kind, deadline)
             .await
             .map(Claim::Proven)
+    }
+
+    /// Whether what was proven with `credential` still counts: what anyone may see does, else only what today's credential was shown.
+    fn counts(&self, source: &Source, credential: &CredentialId) -> bool {
+        let today = self
+            .origin(source)
+            .map(|origin| origin.upstream.credential());
+        credential.is_anonymous() || today.is_ok_and(|today| today == *credential)
+    }
+
+    /// Whether the repository is on record as holding the digest, for today's credential.
+    pub(super) fn is_member(&self, source: &Source, digest: &Digest, kind: Kind) -> bool {
+        let member = self.inner.store.catalog().membership(source, digest, kind);
+        member
+            .ok()
+            .flatten()
+            .is_some_and(|credential| self.counts(source, &credential))
     }
 
     /// Has the upstream vouch, by HEAD, that the repository holds the digest. The caller knows that the bytes, if they are here or on

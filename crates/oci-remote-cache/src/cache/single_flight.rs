@@ -121,13 +121,11 @@ mod tests {
     async fn all_who_ask_meanwhile_share_one_errand() {
         let flights = Flights::<&str, u32>::new(Tasks::new());
         let runs = Arc::new(AtomicU32::new(0));
-        let ask = || {
-            let runs = Arc::clone(&runs);
-            flights.run("key", || async move {
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                runs.fetch_add(1, Ordering::Relaxed)
-            })
+        let errand = |runs: Arc<AtomicU32>| async move {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            runs.fetch_add(1, Ordering::Relaxed)
         };
+        let ask = || flights.run("key", || errand(Arc::clone(&runs)));
         let (first, second) = tokio::join!(ask(), ask());
         assert_eq!(first, Ok((0, Role::Lead)));
         assert_eq!(second, Ok((0, Role::Joined)));

@@ -8,9 +8,13 @@ use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
 use tracing::subscriber::Interest;
 use tracing::{Event, Level, Metadata};
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::layer::{Context, Filter, Layer as _, SubscriberExt as _};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Registry, fmt};
+
+/// Lines that may wait to be written.
+const QUEUED_LINES: usize = 10_000;
 
 /// How often `-v` was given.
 #[derive(Debug, Clone, Copy)]
@@ -69,12 +73,16 @@ pub(super) fn filter(
     Ok(LogFilter { wanted, named })
 }
 
-/// Logs to standard error from here on.
-pub(super) fn init(filter: LogFilter) -> Result<(), String> {
+/// Logs to standard error from here on, until the guard is dropped.
+///
+/// Lines are written by a thread of their own: a reader of the log that stalls (journald, a full pipe) must not stall those who serve.
+/// When it stalls for longer than the queue lasts, lines are lost and not the service.
+pub(super) fn init(filter: LogFilter) -> Result<WorkerGuard, String> {
+    let (writer, guard) = NonBlockingBuilder::default()
+        .buffered_lines_limit(QUEUED_LINES)
+        .finish(io::stderr());
     // A standard error that is gone must not end the process: what cannot be logged is not complained about either.
-    let layer = fmt::layer()
-        .with_writer(io::stderr)
-        .log_internal_errors(false);
+    let layer = fmt::layer().with_writer(writer).log_internal_errors(false);
     let outcome = if io::stderr().is_terminal() {
         let subscriber = Registry::default().with(layer.with_filter(filter));
         tracing::subscriber::set_global_default(subscriber)
@@ -83,7 +91,8 @@ pub(super) fn init(filter: LogFilter) -> Result<(), String> {
         let subscriber = Registry::default().with(layer.with_filter(filter));
         tracing::subscriber::set_global_default(subscriber)
     };
-    outcome.map_err(|error| format!("cannot set up logging: {error}"))
+    outcome.map_err(|error| format!("cannot set up logging: {error}"))?;
+    Ok(guard)
 }
 
 /// The targets that the directives in `text` name.

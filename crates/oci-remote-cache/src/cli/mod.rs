@@ -109,7 +109,7 @@ fn serve(sources: &Sources, verbosity: Verbosity, actions: &Actions) -> Result<(
     let config = Config::check(&settings, &sources.environment)?;
     let filter = logging::filter(&sources.environment, config.log.as_deref(), verbosity);
     let filter = filter.map_err(Failure::Usage)?;
-    logging::init(filter).map_err(Failure::Failed)?;
+    let _log = logging::init(filter).map_err(Failure::Failed)?;
     for note in config::notes(&config, &settings) {
         tracing::warn!(target: "config", "{note}");
     }

@@ -41,7 +41,8 @@ pub async fn answer(request: &Request<'_>, digest: &AnyDigest) -> Result<Answer,
         .blob(&request.grant, digest, wish, request.deadline)
         .await;
     match found.map_err(|error| failure::of_cache(&error))? {
-        BlobAnswer::Stored(blob) => stored(&blob, ranges.as_ref()),
+        BlobAnswer::Stored(blob) => stored(digest, &Local::File(blob), ranges.as_ref()),
+        BlobAnswer::Held(body) => stored(digest, &Local::Memory(body), ranges.as_ref()),
         BlobAnswer::Filling(open, verdict) => {
             filling(digest, *open, verdict, (ranges.as_ref(), wish)).await
         }
@@ -105,28 +106,64 @@ fn wish(ranges: Option<&RangeHeader>, request: &Request<'_>) -> Wish {
     }
 }
 
-fn stored(blob: &Blob, ranges: Option<&RangeHeader>) -> Result<Answer, Problem> {
-    let size = blob.size;
+/// A blob that is all here.
+#[derive(Clone)]
+enum Local {
+    File(Blob),
+    Memory(Bytes),
+}
+
+impl Local {
+    fn size(&self) -> u64 {
+        match self {
+            Self::File(blob) => blob.size,
+            Self::Memory(body) => body.len() as u64,
+        }
+    }
+
+    /// A slice that lies within the blob.
+    fn part(&self, slice: Slice) -> Part {
+        match self {
+            Self::File(blob) => Part::Span(blob.span(slice)),
+            Self::Memory(body) => {
+                let at = |offset| {
+                    usize::try_from(offset)
+                        .unwrap_or(usize::MAX)
+                        .min(body.len())
+                };
+                Part::Memory(body.slice(at(slice.start)..at(slice.end)))
+            }
+        }
+    }
+}
+
+fn stored(
+    digest: &AnyDigest,
+    blob: &Local,
+    ranges: Option<&RangeHeader>,
+) -> Result<Answer, Problem> {
+    let size = blob.size();
     let mut response = Response::new(Body::empty());
-    let digest = AnyDigest::from(blob.digest);
     match resolve(ranges, size)? {
         Wanted::Whole => {
-            describe(response.headers_mut(), &digest, Some(size));
-            *response.body_mut() = Body::spans([blob.span(Slice {
-                start: 0,
-                end: size,
-            })]);
+            describe(response.headers_mut(), digest, Some(size));
+            *response.body_mut() = blob
+                .part(Slice {
+                    start: 0,
+                    end: size,
+                })
+                .into();
         }
         Wanted::One(slice) => {
-            describe_part(&mut response, &digest, slice, size);
-            *response.body_mut() = Body::spans([blob.span(slice)]);
+            describe_part(&mut response, digest, slice, size);
+            *response.body_mut() = blob.part(slice).into();
         }
         Wanted::Several(slices) => {
             let parts = slices
                 .iter()
-                .map(|slice| Section::Spans(*slice, blob.clone()))
+                .map(|slice| Section::Part(blob.part(*slice)))
                 .collect();
-            several(&mut response, &digest, Multipart::new(&slices, parts, size));
+            several(&mut response, digest, Multipart::new(&slices, parts, size));
         }
     }
     Ok(Answer::new(response, Verdict::Hit))
@@ -258,7 +295,7 @@ struct Multipart {
 
 /// Where one range's bytes come from.
 enum Section {
-    Spans(Slice, Blob),
+    Part(Part),
     Tail(Box<Tail>),
     Sent,
 }
@@ -315,10 +352,10 @@ impl Multipart {
 impl Section {
     async fn next(&mut self) -> Option<Result<Part, BodyBroken>> {
         match self {
-            Self::Spans(slice, blob) => {
-                let span = blob.span(*slice);
+            Self::Part(part) => {
+                let part = part.clone();
                 *self = Self::Sent;
-                Some(Ok(Part::Span(span)))
+                Some(Ok(part))
             }
             Self::Tail(tail) => next_part(tail).await,
             Self::Sent => None,

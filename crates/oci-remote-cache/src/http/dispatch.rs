@@ -108,7 +108,10 @@ impl Registry {
         };
         let answer = match request.answer(&route).await {
             Ok(answer) => answer,
-            Err(problem) => Answer::refusal(failure::jittered(problem, peer.port())),
+            Err(problem) => {
+                let problem = failure::hinted(problem, request.grant.source());
+                Answer::refusal(failure::jittered(problem, peer.port()))
+            }
         };
         let outcome = Outcome {
             verdict: answer.verdict,

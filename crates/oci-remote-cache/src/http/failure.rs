@@ -9,6 +9,7 @@ use oci::{ErrorCode, ManifestError, RouteError};
 
 use super::problem::{Problem, Status};
 use crate::cache::{CacheError, Fault, FillError, Thing, UpstreamError};
+use crate::names::Source;
 use crate::policy::Unknown;
 
 /// What clients are told to wait when nobody told us.
@@ -98,6 +99,17 @@ fn code_of(thing: Thing) -> ErrorCode {
         Thing::Blob => ErrorCode::BlobUnknown,
         Thing::Tags => ErrorCode::NameUnknown,
     }
+}
+
+/// Adds the likely reason where a repository that is not there is called `v2/…`: containerd puts its own `/v2` behind a host's path.
+pub fn hinted(problem: Problem, source: &Source) -> Problem {
+    let doubled = source.repository.as_str().starts_with("v2/");
+    if doubled && problem.status() == Status::NotFound {
+        return problem.with_hint(
+            "the path holds /v2 twice: is override_path = true missing in the client's hosts.toml?",
+        );
+    }
+    problem
 }
 
 /// Spreads a problem's Retry-After by the client's port, which differs from connection to connection.

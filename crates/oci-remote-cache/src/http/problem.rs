@@ -42,8 +42,6 @@ pub enum Status {
     NotFound,
     /// 405: only GET and HEAD are served.
     MethodNotAllowed,
-    /// 406: what there is, is not what the client takes.
-    NotAcceptable,
     /// 416: no byte of the range exists.
     RangeNotSatisfiable,
     /// 429: the upstream's rate limit is used up.
@@ -156,6 +154,13 @@ impl Problem {
         &self.message
     }
 
+    /// The same, with a likely reason after what is wrong.
+    #[must_use]
+    pub fn with_hint(mut self, hint: &str) -> Self {
+        self.message = format!("{}; {hint}", self.message);
+        self
+    }
+
     /// How long the client is told to wait.
     pub fn wait(&self) -> Option<Duration> {
         self.retry_after
@@ -195,7 +200,6 @@ impl Status {
             Self::Forbidden => StatusCode::FORBIDDEN,
             Self::NotFound => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-            Self::NotAcceptable => StatusCode::NOT_ACCEPTABLE,
             Self::RangeNotSatisfiable => StatusCode::RANGE_NOT_SATISFIABLE,
             Self::TooManyRequests => StatusCode::TOO_MANY_REQUESTS,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
@@ -266,7 +270,6 @@ mod tests {
             Status::Forbidden,
             Status::NotFound,
             Status::MethodNotAllowed,
-            Status::NotAcceptable,
             Status::RangeNotSatisfiable,
             Status::TooManyRequests,
             Status::Internal,

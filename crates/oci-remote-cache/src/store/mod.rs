@@ -22,7 +22,8 @@ mod tests;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tracing::warn;
 
@@ -39,9 +40,12 @@ use self::recover::Recovery;
 use self::span::Span;
 use self::spool::Verified;
 use self::usage::{Reservation, StoredBlob, Trust, Usage};
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 use crate::metrics::Metrics;
 use crate::tasks::Tasks;
+
+/// How long a refused write makes the store not ready.
+const FAILED_LATELY: Duration = Duration::from_mins(1);
 
 /// What the configuration says about the store.
 #[derive(Clone, Debug)]
@@ -91,6 +95,7 @@ struct Shared {
     usage: Usage,
     max_blob: u64,
     condition: Option<String>,
+    failed: Mutex<Option<(Timestamp, String)>>,
     clock: Clock,
     metrics: Metrics,
     tasks: Tasks,
@@ -234,9 +239,30 @@ impl Store {
         self.shared.layout.writable()
     }
 
-    /// Why the store is not what it should be, if so.
+    /// Why the store is not what it should be, if so: since it was opened, or for a while after a write failed.
     pub fn condition(&self) -> Option<String> {
-        self.shared.condition.clone()
+        let failed = self
+            .shared
+            .failed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let lately = failed.filter(|(at, _)| at.age(self.shared.clock.now()) < FAILED_LATELY);
+        self.shared
+            .condition
+            .clone()
+            .or_else(|| lately.map(|(_, what)| what))
+    }
+
+    /// Counts and remembers that the disk refused a write.
+    pub fn note_failure(&self, what: &str, error: &io::Error) {
+        self.shared.metrics.store_faults.inc();
+        let failed = (self.shared.clock.now(), format!("{what}: {error}"));
+        *self
+            .shared
+            .failed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(failed);
     }
 
     /// Counts the parked pieces anew, after some were added or taken up.
@@ -374,6 +400,7 @@ fn open_blocking(settings: &StoreSettings, parts: Parts) -> Result<Store, OpenEr
         usage,
         max_blob: settings.max_blob.unwrap_or(max_size / 2),
         condition,
+        failed: Mutex::default(),
         clock: parts.clock,
         metrics: parts.metrics,
         tasks: parts.tasks,

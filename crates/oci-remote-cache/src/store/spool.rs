@@ -223,19 +223,6 @@ impl Spool {
         }
     }
 
-    /// Forgets what arrived, to fetch everything again.
-    pub fn forget(&self) -> io::Result<()> {
-        self.map(|arrived| *arrived = PieceMap::new());
-        let list = self
-            .list
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        drop(list);
-        remove(&list_path(&self.path))?;
-        self.size().map_or(Ok(()), |size| self.settle_size(size))
-    }
-
     /// Whether these bytes are the blob, given the hash that followed them to their end.
     pub fn verify(&self, hash: PrefixHash) -> Result<Verified, Box<Mismatch>> {
         let size = hash.position;

@@ -264,6 +264,8 @@ impl BlobStream {
         }
         if let (Some(known), Some(told)) = (self.validator.as_deref(), answer.etag())
             && known != told
+            && is_strong(known)
+            && is_strong(told)
         {
             return Err(self.broken("another ETag than before"));
         }
@@ -372,6 +374,11 @@ enum Step {
     Bytes(Bytes),
     Again,
     End,
+}
+
+/// Weak validators say nothing about bytes (RFC 9110 section 8.8.1).
+fn is_strong(etag: &str) -> bool {
+    !etag.starts_with("W/")
 }
 
 /// How long to wait before try number `failures` without progress: none before the first, then doubling from 100 ms.

@@ -16,8 +16,15 @@ const PASSWORD: &str = "correct-horse-battery";
 /// Runs the binary with these arguments in this folder.
 async fn run(folder: &TempDir, arguments: &[&str]) -> Output {
     let mut command = Command::new(BINARY);
-    command.args(arguments).current_dir(folder.path()).env_clear().kill_on_drop(true);
-    timeout(Duration::from_secs(20), command.output()).await.expect("an end").expect("run the binary")
+    command
+        .args(arguments)
+        .current_dir(folder.path())
+        .env_clear()
+        .kill_on_drop(true);
+    timeout(Duration::from_secs(20), command.output())
+        .await
+        .expect("an end")
+        .expect("run the binary")
 }
 
 fn stdout(output: &Output) -> String {
@@ -32,7 +39,9 @@ async fn with_two_images() -> (Registry, CacheProcess, Image, Image) {
     for image in [&first, &second] {
         cache.pull("up", image).await;
     }
-    let parts = [&first, &second].into_iter().flat_map(|image| image.blobs().chain([&image.manifest]));
+    let parts = [&first, &second]
+        .into_iter()
+        .flat_map(|image| image.blobs().chain([&image.manifest]));
     assert_holds(&cache, parts).await;
     (registry, cache, first, second)
 }
@@ -49,8 +58,14 @@ async fn ls_shows_what_is_held_beside_a_running_server_and_without_one() {
         assert!(table.starts_with("REPOSITORY"), "{table}");
         for (image, place) in [(&first, "up/lib/app"), (&second, "up/other/app")] {
             let short: String = image.digest().hex().chars().take(12).collect();
-            let line = table.lines().find(|line| line.contains(&short)).unwrap_or_default();
-            assert!(line.starts_with(place) && line.contains(&image.tag), "{place}: {table}");
+            let line = table
+                .lines()
+                .find(|line| line.contains(&short))
+                .unwrap_or_default();
+            assert!(
+                line.starts_with(place) && line.contains(&image.tag),
+                "{place}: {table}"
+            );
         }
     }
     assert_eq!(registry.requests(), asked);
@@ -61,15 +76,36 @@ async fn ls_shows_what_is_held_beside_a_running_server_and_without_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ls_as_json_names_everything_in_full() {
     let (_registry, cache, first, _second) = with_two_images().await;
-    let rows: Vec<Value> = serde_json::from_str(&stdout(&cache.run(&["ls", "--json"]).await)).expect("JSON");
+    let rows: Vec<Value> =
+        serde_json::from_str(&stdout(&cache.run(&["ls", "--json"]).await)).expect("JSON");
     let tagged = rows.iter().find(|row| row["tag"] == "v1").expect("the tag");
     assert_eq!(
-        (tagged["upstream"].as_str(), tagged["repository"].as_str(), tagged["digest"].as_str()),
-        (Some("up"), Some(REPO), Some(first.digest().to_string().as_str()))
+        (
+            tagged["upstream"].as_str(),
+            tagged["repository"].as_str(),
+            tagged["digest"].as_str()
+        ),
+        (
+            Some("up"),
+            Some(REPO),
+            Some(first.digest().to_string().as_str())
+        )
     );
-    assert_eq!((tagged["size"].as_u64(), tagged["media_type"].as_str()), (Some(first.manifest.size()), Some(first.manifest.media_type.as_str())));
-    let layer = rows.iter().find(|row| row["digest"] == first.layer().digest.to_string()).expect("the layer");
-    assert_eq!((layer["tag"].is_null(), layer["size"].as_u64()), (true, Some(first.layer().size())));
+    assert_eq!(
+        (tagged["size"].as_u64(), tagged["media_type"].as_str()),
+        (
+            Some(first.manifest.size()),
+            Some(first.manifest.media_type.as_str())
+        )
+    );
+    let layer = rows
+        .iter()
+        .find(|row| row["digest"] == first.layer().digest.to_string())
+        .expect("the layer");
+    assert_eq!(
+        (layer["tag"].is_null(), layer["size"].as_u64()),
+        (true, Some(first.layer().size()))
+    );
     assert_eq!(rows.len(), 6, "{rows:#?}");
     cache.check_invariants().await;
 }
@@ -79,7 +115,10 @@ async fn ls_where_nothing_is_held_says_so() {
     let folder = TempDir::new().expect("make a folder");
     let missing = run(&folder, &["ls", "--cache-dir", "nosuch"]).await;
     assert_eq!(missing.status.code(), Some(1), "{missing:?}");
-    assert!(!folder.path().join("nosuch").exists(), "looking made a folder");
+    assert!(
+        !folder.path().join("nosuch").exists(),
+        "looking made a folder"
+    );
     let (_registry, cache) = up().await;
     assert_eq!(stdout(&cache.run(&["ls", "--json"]).await).trim(), "[]");
 }
@@ -87,7 +126,10 @@ async fn ls_where_nothing_is_held_says_so() {
 #[tokio::test(flavor = "multi_thread")]
 async fn config_check_judges_and_changes_nothing() {
     let registry = Registry::start().await;
-    let cache = cache().upstream(Upstream::new("up", registry.url()).credentials("robot", PASSWORD)).start().await;
+    let cache = cache()
+        .upstream(Upstream::new("up", registry.url()).credentials("robot", PASSWORD))
+        .start()
+        .await;
     let text = stdout(&cache.run(&["config", "check"]).await);
     assert!(text.starts_with("OK"), "{text}");
     assert!(!text.contains(PASSWORD));
@@ -97,22 +139,46 @@ async fn config_check_judges_and_changes_nothing() {
     let bad = run(&folder, &["config", "check", "--config", "bad.toml"]).await;
     let text = String::from_utf8_lossy(&bad.stderr).into_owned();
     assert_eq!(bad.status.code(), Some(2));
-    assert!(text.contains("bad.toml:1") && text.contains("listen"), "{text}");
+    assert!(
+        text.contains("bad.toml:1") && text.contains("listen"),
+        "{text}"
+    );
     assert!(!folder.path().join("cache").exists());
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn config_show_tells_where_values_come_from_and_no_secret() {
     let registry = Registry::start().await;
-    let cache = cache().upstream(Upstream::new("up", registry.url()).credentials("robot", PASSWORD)).max_size("1GiB").start().await;
+    let cache = cache()
+        .upstream(Upstream::new("up", registry.url()).credentials("robot", PASSWORD))
+        .max_size("1GiB")
+        .start()
+        .await;
     let text = stdout(&cache.run(&["config", "show"]).await);
     assert!(!text.contains(PASSWORD), "{text}");
-    assert!(text.contains("***") && text.contains("1GiB") && text.contains("robot"), "{text}");
-    let line = |key: &str| text.lines().find(|line| line.trim_start().starts_with(key)).unwrap_or_default().to_owned();
-    assert!(line("max_size").contains('#'), "no source beside max_size: {text}");
-    assert!(text.contains("[upstreams.\"docker.io\"]") && text.contains("https://registry-1.docker.io"), "{text}");
+    assert!(
+        text.contains("***") && text.contains("1GiB") && text.contains("robot"),
+        "{text}"
+    );
+    let line = |key: &str| {
+        text.lines()
+            .find(|line| line.trim_start().starts_with(key))
+            .unwrap_or_default()
+            .to_owned()
+    };
+    assert!(
+        line("max_size").contains('#'),
+        "no source beside max_size: {text}"
+    );
+    assert!(
+        text.contains("[upstreams.\"docker.io\"]") && text.contains("https://registry-1.docker.io"),
+        "{text}"
+    );
     let parsed: toml::Table = text.parse().expect("TOML");
-    assert_eq!(parsed["upstreams"]["up"]["url"].as_str(), Some(registry.url().as_str()));
+    assert_eq!(
+        parsed["upstreams"]["up"]["url"].as_str(),
+        Some(registry.url().as_str())
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -123,10 +189,15 @@ async fn config_init_writes_a_file_that_is_right_and_never_over_another() {
     stdout(&run(&folder, &["config", "init", "--output", "new.toml"]).await);
     let written = std::fs::read_to_string(folder.path().join("new.toml")).expect("a file");
     assert_eq!(written, printed);
-    assert!(stdout(&run(&folder, &["config", "check", "--config", "new.toml"]).await).starts_with("OK"));
+    assert!(
+        stdout(&run(&folder, &["config", "check", "--config", "new.toml"]).await).starts_with("OK")
+    );
     let again = run(&folder, &["config", "init", "--output", "new.toml"]).await;
     assert_eq!(again.status.code(), Some(1));
-    assert_eq!(std::fs::read_to_string(folder.path().join("new.toml")).expect("a file"), written);
+    assert_eq!(
+        std::fs::read_to_string(folder.path().join("new.toml")).expect("a file"),
+        written
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -135,8 +206,18 @@ async fn config_schema_is_json_that_knows_the_keys() {
     let text = stdout(&run(&folder, &["config", "schema"]).await);
     let schema: Value = serde_json::from_str(&text).expect("JSON");
     assert!(schema["$schema"].is_string(), "{text}");
-    for key in ["listen", "admin_listen", "cache_dir", "default_upstream", "cache", "upstreams"] {
-        assert!(schema["properties"][key].is_object(), "{key} is not in the schema");
+    for key in [
+        "listen",
+        "admin_listen",
+        "cache_dir",
+        "default_upstream",
+        "cache",
+        "upstreams",
+    ] {
+        assert!(
+            schema["properties"][key].is_object(),
+            "{key} is not in the schema"
+        );
     }
 }
 
@@ -144,7 +225,10 @@ async fn config_schema_is_json_that_knows_the_keys() {
 async fn help_and_version_are_answers() {
     let folder = TempDir::new().expect("make a folder");
     let version = stdout(&run(&folder, &["--version"]).await);
-    assert_eq!(version.trim(), concat!("oci-remote-cache ", env!("CARGO_PKG_VERSION")));
+    assert_eq!(
+        version.trim(),
+        concat!("oci-remote-cache ", env!("CARGO_PKG_VERSION"))
+    );
     let help = stdout(&run(&folder, &["--help"]).await);
     for word in ["serve", "ls", "config"] {
         assert!(help.contains(word), "{word} is not in the help");

@@ -122,9 +122,20 @@ async fn a_pulled_image_survives_a_kill_at_once() {
 /// F26: a storm of pulls, killed at moments nobody chose. Each file hashes to its name, and every blob a client finished is a hit.
 #[tokio::test(flavor = "multi_thread")]
 async fn kills_at_any_moment_lose_nothing_that_was_finished() {
+    kill_again_and_again(10).await;
+}
+
+/// F26, more of it.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "kills two hundred times"]
+async fn two_hundred_kills_lose_nothing_that_was_finished() {
+    kill_again_and_again(200).await;
+}
+
+async fn kill_again_and_again(rounds: u64) {
     let (registry, cache) = up().await;
     let mut finished: Vec<Content> = Vec::new();
-    for round in 0..10_u64 {
+    for round in 0..rounds {
         let fresh: Vec<Content> = (0..6)
             .map(|n| Content::blob(700_000, &format!("{round}/{n}")))
             .collect();
@@ -139,7 +150,7 @@ async fn kills_at_any_moment_lose_nothing_that_was_finished() {
                     .start(cache.port())
             })
             .collect();
-        sleep(Duration::from_millis(round * 9)).await;
+        sleep(Duration::from_millis(round * 9 % 97)).await;
         cache.kill9().await;
         for (client, blob) in clients.into_iter().zip(&fresh) {
             if client.response().await.is_right() {

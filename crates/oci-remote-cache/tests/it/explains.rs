@@ -8,15 +8,20 @@ use serde_json::Value;
 use tempfile::TempDir;
 use testbed::cache::{blob_path, manifest_path};
 use testbed::{
-    CacheProcess, Connection, Content, Gate, ImageSpec, Kind, Matcher, Origin, Registry, Request, ServeOptions,
-    TokenServer, Upstream, assert_good, eventually, faults,
+    CacheProcess, Connection, Content, Gate, ImageSpec, Kind, Matcher, Origin, Registry, Request,
+    ServeOptions, TokenServer, Upstream, assert_good, eventually, faults,
 };
 
-use crate::stage::{BINARY, REPO, assert_holds, cache, get_manifest, said, up, up_with_blob, up_with_image, up_without_ttl};
+use crate::stage::{
+    BINARY, REPO, assert_holds, cache, get_manifest, said, up, up_with_blob, up_with_image,
+    up_without_ttl,
+};
 
 /// The log, line by line; fails on a line that is no JSON.
 fn log_lines(cache: &CacheProcess) -> Vec<Value> {
-    let read = |line: &str| serde_json::from_str(line).unwrap_or_else(|error| panic!("no JSON ({error}): {line}"));
+    let read = |line: &str| {
+        serde_json::from_str(line).unwrap_or_else(|error| panic!("no JSON ({error}): {line}"))
+    };
     cache.log().lines().map(read).collect()
 }
 
@@ -28,8 +33,15 @@ fn access_lines(cache: &CacheProcess) -> Vec<Value> {
 
 /// Waits for so many access lines and returns the last.
 async fn last_access(cache: &CacheProcess, count: usize) -> Value {
-    let written = eventually(Duration::from_secs(5), || access_lines(cache).len() >= count).await;
-    assert!(written, "{} of {count} access lines", access_lines(cache).len());
+    let written = eventually(Duration::from_secs(5), || {
+        access_lines(cache).len() >= count
+    })
+    .await;
+    assert!(
+        written,
+        "{} of {count} access lines",
+        access_lines(cache).len()
+    );
     assert_eq!(access_lines(cache).len(), count);
     access_lines(cache).pop().expect("an access line")
 }
@@ -42,7 +54,9 @@ async fn answers(cache: &CacheProcess, kind: &str, verdict: &str) -> u64 {
         .await
         .lines()
         .filter(|line| line.starts_with("oci_remote_cache_requests_total{"))
-        .filter(|line| line.contains(&kind) && line.contains(&verdict) && line.contains("upstream=\"up\""))
+        .filter(|line| {
+            line.contains(&kind) && line.contains(&verdict) && line.contains("upstream=\"up\"")
+        })
         .filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok())
         .sum()
 }
@@ -57,10 +71,20 @@ async fn each_verdict_is_in_header_log_and_metric() {
     let layer = blob_path("up", REPO, image.layer().digest);
     let steps = [
         (tag.clone(), "manifest", "miss", "fwd=uri-miss; stored"),
-        (tag.clone(), "manifest", "revalidated", "hit; detail=revalidated"),
+        (
+            tag.clone(),
+            "manifest",
+            "revalidated",
+            "hit; detail=revalidated",
+        ),
         (layer.clone(), "blob", "miss", "fwd=uri-miss; stored"),
         (layer, "blob", "hit", "hit"),
-        (blob_path("up", REPO, foreign), "blob", "bypass", "fwd=bypass; detail=unknown-algorithm"),
+        (
+            blob_path("up", REPO, foreign),
+            "blob",
+            "bypass",
+            "fwd=bypass; detail=unknown-algorithm",
+        ),
         (tag, "manifest", "stale", "fwd=stale; detail=unreachable"),
     ];
     for (n, (path, kind, verdict, status)) in steps.iter().enumerate() {
@@ -71,10 +95,18 @@ async fn each_verdict_is_in_header_log_and_metric() {
             registry.stop().await;
         }
         let answer = cache.get(path).await;
-        assert_eq!((answer.status, said(&answer)), (200, format!("oci-remote-cache; {status}").as_str()), "{path}");
+        assert_eq!(
+            (answer.status, said(&answer)),
+            (200, format!("oci-remote-cache; {status}").as_str()),
+            "{path}"
+        );
         let line = last_access(&cache, n + 1).await;
         assert_eq!(
-            (line["path"].as_str(), line["verdict"].as_str(), line["kind"].as_str()),
+            (
+                line["path"].as_str(),
+                line["verdict"].as_str(),
+                line["kind"].as_str()
+            ),
             (Some(path.as_str()), Some(*verdict), Some(*kind))
         );
         assert_eq!(answers(&cache, kind, verdict).await, 1, "{kind} {verdict}");
@@ -86,15 +118,34 @@ async fn each_verdict_is_in_header_log_and_metric() {
 async fn a_follower_is_told_apart_from_the_leader() {
     let (registry, cache, blob) = up_with_blob(1 << 20).await;
     let gate = Gate::new();
-    registry.script(Kind::Blob, faults::serve(&blob, ServeOptions::new().pause(500_000, &gate)));
-    let open = || Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data).open(cache.port());
+    registry.script(
+        Kind::Blob,
+        faults::serve(&blob, ServeOptions::new().pause(500_000, &gate)),
+    );
+    let open = || {
+        Request::get(&blob_path("up", REPO, blob.digest))
+            .compare(&blob.data)
+            .open(cache.port())
+    };
     let leader = open().await.expect("a head");
     let follower = open().await.expect("a head");
-    assert_eq!(said(&leader.response), "oci-remote-cache; fwd=uri-miss; stored");
-    assert_eq!(said(&follower.response), "oci-remote-cache; fwd=uri-miss; collapsed");
+    assert_eq!(
+        said(&leader.response),
+        "oci-remote-cache; fwd=uri-miss; stored"
+    );
+    assert_eq!(
+        said(&follower.response),
+        "oci-remote-cache; fwd=uri-miss; collapsed"
+    );
     gate.open();
     assert!(leader.finish().await.is_right() && follower.finish().await.is_right());
-    assert_eq!((answers(&cache, "blob", "miss").await, answers(&cache, "blob", "collapsed").await), (1, 1));
+    assert_eq!(
+        (
+            answers(&cache, "blob", "miss").await,
+            answers(&cache, "blob", "collapsed").await
+        ),
+        (1, 1)
+    );
     cache.check_invariants().await;
 }
 
@@ -102,20 +153,57 @@ async fn a_follower_is_told_apart_from_the_leader() {
 async fn one_access_line_tells_of_each_request() {
     let (_registry, cache, blob) = up_with_blob(300_000).await;
     let path = blob_path("up", REPO, blob.digest);
-    let request = Request::get(&format!("{path}?ns=up&token=hidden")).header("User-Agent", "some-client/1.0");
+    let request =
+        Request::get(&format!("{path}?ns=up&token=hidden")).header("User-Agent", "some-client/1.0");
     assert_good(&cache.send(request).await, &blob);
     let line = last_access(&cache, 1).await;
-    assert_eq!((line["method"].as_str(), line["status"].as_u64(), line["bytes"].as_u64()), (Some("GET"), Some(200), Some(300_000)));
-    assert_eq!((line["upstream"].as_str(), line["end"].as_str(), line["level"].as_str()), (Some("up"), Some("complete"), Some("INFO")));
-    assert!(line["path"].as_str().is_some_and(|shown| shown.starts_with(&path) && !shown.contains("hidden")), "{line}");
-    assert!(line["peer"].as_str().is_some_and(|peer| peer.starts_with("127.0.0.1:")), "{line}");
-    assert!(line["agent"].as_str().is_some_and(|agent| agent.contains("some-client/1.0")), "{line}");
-    assert!(line["duration_ms"].is_number() && line["timestamp"].is_string(), "{line}");
+    assert_eq!(
+        (
+            line["method"].as_str(),
+            line["status"].as_u64(),
+            line["bytes"].as_u64()
+        ),
+        (Some("GET"), Some(200), Some(300_000))
+    );
+    assert_eq!(
+        (
+            line["upstream"].as_str(),
+            line["end"].as_str(),
+            line["level"].as_str()
+        ),
+        (Some("up"), Some("complete"), Some("INFO"))
+    );
+    assert!(
+        line["path"]
+            .as_str()
+            .is_some_and(|shown| shown.starts_with(&path) && !shown.contains("hidden")),
+        "{line}"
+    );
+    assert!(
+        line["peer"]
+            .as_str()
+            .is_some_and(|peer| peer.starts_with("127.0.0.1:")),
+        "{line}"
+    );
+    assert!(
+        line["agent"]
+            .as_str()
+            .is_some_and(|agent| agent.contains("some-client/1.0")),
+        "{line}"
+    );
+    assert!(
+        line["duration_ms"].is_number() && line["timestamp"].is_string(),
+        "{line}"
+    );
 
     let missing = cache.get("/v2/nosuch.example/x/manifests/t").await;
     assert_eq!(missing.status, 404);
     let line = last_access(&cache, 2).await;
-    assert_eq!((line["status"].as_u64(), line["verdict"].as_str()), (Some(404), Some("none")), "{line}");
+    assert_eq!(
+        (line["status"].as_u64(), line["verdict"].as_str()),
+        (Some(404), Some("none")),
+        "{line}"
+    );
     cache.check_invariants().await;
 }
 
@@ -123,14 +211,25 @@ async fn one_access_line_tells_of_each_request() {
 async fn an_answer_that_did_not_reach_its_end_is_told_as_cut() {
     let (registry, cache, blob) = up_with_blob(20 << 20).await;
     let gate = Gate::new();
-    registry.script(Kind::Blob, faults::serve(&blob, ServeOptions::new().pause(10 << 20, &gate)));
-    let mut reader = Request::get(&blob_path("up", REPO, blob.digest)).open(cache.port()).await.expect("a head");
+    registry.script(
+        Kind::Blob,
+        faults::serve(&blob, ServeOptions::new().pause(10 << 20, &gate)),
+    );
+    let mut reader = Request::get(&blob_path("up", REPO, blob.digest))
+        .open(cache.port())
+        .await
+        .expect("a head");
     assert!(reader.read(1 << 20).await);
     reader.abort();
     gate.open();
     let line = last_access(&cache, 1).await;
     assert_eq!(line["end"].as_str(), Some("cut"), "{line}");
-    assert!(line["bytes"].as_u64().is_some_and(|bytes| bytes < blob.size()), "{line}");
+    assert!(
+        line["bytes"]
+            .as_u64()
+            .is_some_and(|bytes| bytes < blob.size()),
+        "{line}"
+    );
     assert_holds(&cache, [&blob]).await;
     cache.check_invariants().await;
 }
@@ -142,11 +241,18 @@ async fn health_is_told_on_both_listeners_whatever_the_upstream_does() {
     for port in [cache.port(), cache.admin_port()] {
         for (path, text) in [("/healthz", "ok"), ("/readyz", "ready")] {
             let answer = Request::get(path).send(port).await;
-            assert!(answer.is_whole() && answer.text().contains(text), "{path}: {answer}: {}", answer.text());
+            assert!(
+                answer.is_whole() && answer.text().contains(text),
+                "{path}: {answer}: {}",
+                answer.text()
+            );
             let head = Request::head(path).send(port).await;
             assert_eq!((head.status, head.length), (200, 0), "{path}");
         }
-        assert_eq!(Request::get("/readyz").send(port).await.json()["reasons"], serde_json::json!([]));
+        assert_eq!(
+            Request::get("/readyz").send(port).await.json()["reasons"],
+            serde_json::json!([])
+        );
     }
     assert_eq!(registry.connections(), 0);
     cache.check_invariants().await;
@@ -156,23 +262,61 @@ async fn health_is_told_on_both_listeners_whatever_the_upstream_does() {
 async fn metrics_are_for_operators_alone() {
     let (_registry, cache, image) = up_with_image().await;
     cache.pull("up", &image).await;
+    assert_holds(&cache, [&image.manifest, &image.config, image.layer()]).await;
+    while !cache.metrics().await.contains("fills_ended_total") {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     let page = Request::get("/metrics").send(cache.admin_port()).await;
     assert!(page.is_whole());
-    assert!(page.header("content-type").is_some_and(|kind| kind.starts_with("application/openmetrics-text; version=1.0.0")));
+    assert!(
+        page.header("content-type")
+            .is_some_and(|kind| kind.starts_with("application/openmetrics-text; version=1.0.0"))
+    );
     let text = page.text();
     assert!(text.ends_with("# EOF\n"));
-    for name in ["requests", "served_bytes", "upstream_requests", "fills_ended", "store_faults", "evicted"] {
-        assert!(text.contains(&format!("# TYPE oci_remote_cache_{name} counter\n")), "no counter {name}:\n{text}");
+    for name in [
+        "requests",
+        "served_bytes",
+        "upstream_requests",
+        "fills_ended",
+        "store_faults",
+        "evicted",
+    ] {
+        assert!(
+            text.contains(&format!("# TYPE oci_remote_cache_{name} counter\n")),
+            "no counter {name}:\n{text}"
+        );
     }
-    for name in ["fills", "stored_bytes", "stored_blobs", "connections", "connections_limit"] {
-        assert!(text.contains(&format!("# TYPE oci_remote_cache_{name} gauge\n")), "no gauge {name}:\n{text}");
+    for name in [
+        "fills",
+        "stored_bytes",
+        "stored_blobs",
+        "connections",
+        "connections_limit",
+    ] {
+        assert!(
+            text.contains(&format!("# TYPE oci_remote_cache_{name} gauge\n")),
+            "no gauge {name}:\n{text}"
+        );
     }
     for secret in [REPO, image.layer().digest.hex().as_str(), "127.0.0.1"] {
-        assert!(!text.contains(secret), "{secret} is a label, and labels must not grow");
+        assert!(
+            !text.contains(secret),
+            "{secret} is a label, and labels must not grow"
+        );
     }
     let elsewhere = Request::get("/v2/").send(cache.admin_port()).await;
-    assert_eq!((elsewhere.status, elsewhere.error_code().is_empty()), (404, false));
-    assert_eq!(Request::new("POST", "/metrics").send(cache.admin_port()).await.status, 405);
+    assert_eq!(
+        (elsewhere.status, elsewhere.error_code().is_empty()),
+        (404, false)
+    );
+    assert_eq!(
+        Request::new("POST", "/metrics")
+            .send(cache.admin_port())
+            .await
+            .status,
+        405
+    );
     assert_eq!(cache.get("/metrics").await.status, 404);
     cache.check_invariants().await;
 }
@@ -187,7 +331,10 @@ async fn what_is_left_of_a_rate_limit_is_a_metric() {
         ("ratelimit-limit", "100;w=21600"),
         ("ratelimit-remaining", "42;w=21600"),
     ];
-    registry.script(Kind::Manifest, faults::status(200, &headers, image.manifest.data.clone()));
+    registry.script(
+        Kind::Manifest,
+        faults::status(200, &headers, image.manifest.data.clone()),
+    );
     assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
     let line = "oci_remote_cache_upstream_ratelimit_remaining{upstream=\"up\"} 42";
     let page = cache.metrics().await;
@@ -226,12 +373,18 @@ async fn twice_verbose_shows_both_sides_and_no_secret() {
     assert_good(&cache.send(request).await, &image.manifest);
     let location = origin.location(image.layer().digest, "Signature=signed-secret");
     registry.script(Matcher::blobs(), faults::redirect(&location, 307));
-    assert_good(&cache.blob("up", REPO, image.layer().digest).await, image.layer());
+    assert_good(
+        &cache.blob("up", REPO, image.layer().digest).await,
+        image.layer(),
+    );
 
     let log = cache.log();
     let lines = log_lines(&cache);
     for target in ["client", "upstream"] {
-        assert!(lines.iter().any(|line| line["target"] == target), "nothing of {target}");
+        assert!(
+            lines.iter().any(|line| line["target"] == target),
+            "nothing of {target}"
+        );
     }
     for shown in [
         "from-the-client",
@@ -242,7 +395,10 @@ async fn twice_verbose_shows_both_sides_and_no_secret() {
         "www-authenticate",
         &format!("/cdn/{}", image.layer().digest),
     ] {
-        assert!(log.to_lowercase().contains(shown), "{shown} is not in the log");
+        assert!(
+            log.to_lowercase().contains(shown),
+            "{shown} is not in the log"
+        );
     }
     cache.check_invariants().await;
 }
@@ -252,8 +408,14 @@ async fn twice_verbose_shows_both_sides_and_no_secret() {
 async fn the_log_filter_is_the_operators() {
     let registry = Registry::start().await;
     let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
-    for (line, variable, shown) in [("log = \"warn\"", None, false), ("log = \"info\"", None, true), ("log = \"info\"", Some("error"), false)] {
-        let builder = cache().upstream(Upstream::new("up", registry.url())).line(line);
+    for (line, variable, shown) in [
+        ("log = \"warn\"", None, false),
+        ("log = \"info\"", None, true),
+        ("log = \"info\"", Some("error"), false),
+    ] {
+        let builder = cache()
+            .upstream(Upstream::new("up", registry.url()))
+            .line(line);
         let builder = match variable {
             Some(filter) => builder.environment("RUST_LOG", filter),
             None => builder,
@@ -272,9 +434,17 @@ async fn the_log_filter_is_the_operators() {
 async fn a_tls_hello_on_the_plain_port_is_explained() {
     let (_registry, cache, image) = up_with_image().await;
     let mut connection = Connection::open(cache.port()).await;
-    connection.send(b"\x16\x03\x01\x00\xf4\x01\x00\x00\xf0\x03\x03hello\r\n\r\n").await;
-    assert!(connection.until_closed(Duration::from_secs(5)).await.1, "the connection stays open");
-    let told = eventually(Duration::from_secs(2), || cache.log().contains("--tls-verify=false")).await;
+    connection
+        .send(b"\x16\x03\x01\x00\xf4\x01\x00\x00\xf0\x03\x03hello\r\n\r\n")
+        .await;
+    assert!(
+        connection.until_closed(Duration::from_secs(5)).await.1,
+        "the connection stays open"
+    );
+    let told = eventually(Duration::from_secs(2), || {
+        cache.log().contains("--tls-verify=false")
+    })
+    .await;
     assert!(told, "{}", cache.log());
     cache.pull("up", &image).await;
     cache.check_invariants().await;
@@ -286,10 +456,16 @@ async fn an_error_says_whose_fault_it_is() {
     let (registry, cache) = up().await;
     let blob = Content::blob(100, "error");
     registry.script(Matcher::any(), faults::error(502, "UNKNOWN", &[]));
-    for path in [manifest_path("up", REPO, "v1"), blob_path("up", REPO, blob.digest)] {
+    for path in [
+        manifest_path("up", REPO, "v1"),
+        blob_path("up", REPO, blob.digest),
+    ] {
         let answer = cache.get(&path).await;
         let text = answer.text();
-        assert!(answer.status >= 500 && text.contains("up") && text.contains(REPO), "{text}");
+        assert!(
+            answer.status >= 500 && text.contains("up") && text.contains(REPO),
+            "{text}"
+        );
         assert!(!text.contains("127.0.0.1") || !text.contains('?'), "{text}");
     }
     cache.check_invariants().await;

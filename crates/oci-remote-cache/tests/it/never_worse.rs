@@ -8,8 +8,8 @@ use std::time::Duration;
 use tempfile::TempDir;
 use testbed::cache::blob_path;
 use testbed::{
-    CacheProcess, Content, Ending, Image, ImageSpec, Kind, Registry, Request, Response, ServeOptions, Upstream, assert_good,
-    can_limit_disk, eventually, faults,
+    CacheProcess, Content, Ending, Image, ImageSpec, Kind, Registry, Request, Response,
+    ServeOptions, Upstream, assert_good, can_limit_disk, eventually, faults,
 };
 
 use crate::stage::{BINARY, REPO, assert_holds, cache, get_blob, said};
@@ -20,17 +20,27 @@ const MIB: usize = 1 << 20;
 async fn metric(cache: &CacheProcess, name: &str) -> u64 {
     let page = cache.metrics().await;
     let lines = page.lines().filter(|line| line.starts_with(name));
-    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    lines
+        .filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok())
+        .sum()
 }
 
 fn bytes_stored(cache: &CacheProcess) -> u64 {
-    cache.stored().iter().filter_map(|file| file.path.metadata().ok()).map(|file| file.len()).sum()
+    cache
+        .stored()
+        .iter()
+        .filter_map(|file| file.path.metadata().ok())
+        .map(|file| file.len())
+        .sum()
 }
 
 /// A registry and a cache whose folder lies on a disk of so many bytes, whatever its configuration believes.
 async fn on_a_small_disk(bytes: usize) -> (Registry, CacheProcess) {
     let registry = Registry::start().await;
-    let builder = cache().upstream(Upstream::new("up", registry.url())).max_size("10GiB").disk(bytes as u64);
+    let builder = cache()
+        .upstream(Upstream::new("up", registry.url()))
+        .max_size("10GiB")
+        .disk(bytes as u64);
     (registry, builder.start().await)
 }
 
@@ -41,21 +51,33 @@ async fn a_full_disk_costs_no_pull() {
         return eprintln!("skipped: this machine does not let a test mount a small disk");
     }
     let (registry, cache) = on_a_small_disk(16 * MIB).await;
-    let (small, large) = (Content::blob(100_000, "small"), Content::blob(24 * MIB, "large"));
+    let (small, large) = (
+        Content::blob(100_000, "small"),
+        Content::blob(24 * MIB, "large"),
+    );
     for blob in [&small, &large] {
         registry.put_blob(REPO, blob);
     }
     assert_good(&cache.blob("up", REPO, small.digest).await, &small);
     cache.wait_until_stored(&small.digest).await;
-    let response = Request::get(&blob_path("up", REPO, large.digest)).compare(&large.data).send(cache.port()).await;
+    let response = Request::get(&blob_path("up", REPO, large.digest))
+        .compare(&large.data)
+        .send(cache.port())
+        .await;
     assert!(response.is_right(), "{response}");
-    assert!(metric(&cache, "oci_remote_cache_store_faults_total").await > 0, "no metric tells of it");
+    assert!(
+        metric(&cache, "oci_remote_cache_store_faults_total").await > 0,
+        "no metric tells of it"
+    );
     assert!(cache.log().contains("\"WARN\""), "no warning tells of it");
     let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
     cache.pull("up", &image).await;
     registry.stop().await;
     if cache.holds(&small.digest) {
-        assert_eq!(said(&cache.blob("up", REPO, small.digest).await), "oci-remote-cache; hit");
+        assert_eq!(
+            said(&cache.blob("up", REPO, small.digest).await),
+            "oci-remote-cache; hit"
+        );
     }
     assert!(!cache.holds(&large.digest));
     assert_eq!(cache.get("/v2/").await.status, 200);
@@ -77,7 +99,11 @@ async fn a_storm_on_a_full_disk_costs_no_pull() {
     for response in &responses {
         assert!(response.is_right(), "{response} ({:?})", response.right);
     }
-    assert!(cache.anonymous_memory() < before + (128 << 20), "{before} grew to {}", cache.anonymous_memory());
+    assert!(
+        cache.anonymous_memory() < before + (128 << 20),
+        "{before} grew to {}",
+        cache.anonymous_memory()
+    );
     assert!(!cache.holds(&large.digest));
     cache.check_invariants().await;
 }
@@ -90,9 +116,18 @@ async fn a_full_disk_lets_no_wrong_bytes_out() {
     }
     let (registry, cache) = on_a_small_disk(8 * MIB).await;
     let large = Content::blob(12 * MIB, "large");
-    registry.script((Kind::Blob, "GET"), faults::serve(&large, ServeOptions::new().data(large.spoiled())));
-    let response = Request::get(&blob_path("up", REPO, large.digest)).compare(&large.data).send(cache.port()).await;
-    assert!(response.is_refused() && response.length < large.size(), "{response}");
+    registry.script(
+        (Kind::Blob, "GET"),
+        faults::serve(&large, ServeOptions::new().data(large.spoiled())),
+    );
+    let response = Request::get(&blob_path("up", REPO, large.digest))
+        .compare(&large.data)
+        .send(cache.port())
+        .await;
+    assert!(
+        response.is_refused() && response.length < large.size(),
+        "{response}"
+    );
     cache.check_invariants().await;
 }
 
@@ -126,7 +161,11 @@ async fn made_read_only(folder: &TempDir) -> (Registry, CacheProcess, Image) {
 }
 
 fn assert_bypassed(response: &Response) {
-    assert!(said(response).contains("fwd=bypass; detail=disk"), "{}", said(response));
+    assert!(
+        said(response).contains("fwd=bypass; detail=disk"),
+        "{}",
+        said(response)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -137,7 +176,11 @@ async fn a_folder_that_cannot_be_written_is_read() {
     let folder = TempDir::new().expect("make a folder");
     let (registry, cache, image) = made_read_only(&folder).await;
     cache.pull("up", &image).await;
-    assert_eq!(registry.requests(), Vec::<String>::new(), "what can be read is served");
+    assert_eq!(
+        registry.requests(),
+        Vec::<String>::new(),
+        "what can be read is served"
+    );
 
     let fresh = Content::blob(500_000, "fresh");
     registry.put_blob(REPO, &fresh);
@@ -155,7 +198,14 @@ async fn a_folder_that_cannot_be_written_is_read() {
         assert_eq!(Request::get("/healthz").send(port).await.status, 200);
         let ready = Request::get("/readyz").send(port).await;
         assert_eq!(ready.status, 503, "{}", ready.text());
-        assert!(!ready.json()["reasons"][0].as_str().unwrap_or_default().is_empty(), "{}", ready.text());
+        assert!(
+            !ready.json()["reasons"][0]
+                .as_str()
+                .unwrap_or_default()
+                .is_empty(),
+            "{}",
+            ready.text()
+        );
     }
     cache.check_invariants().await;
 }
@@ -177,8 +227,17 @@ async fn an_empty_folder_that_cannot_be_written_is_passed_by() {
     for _ in 0..2 {
         cache.pull("up", &image).await;
     }
-    let ranged = cache.send(Request::get(&blob_path("up", REPO, image.layer().digest)).range("100-199")).await;
-    assert_eq!((ranged.status, ranged.body == image.layer().data.slice(100..200)), (206, true), "{ranged}");
+    let ranged = cache
+        .send(Request::get(&blob_path("up", REPO, image.layer().digest)).range("100-199"))
+        .await;
+    assert_eq!(
+        (
+            ranged.status,
+            ranged.body == image.layer().data.slice(100..200)
+        ),
+        (206, true),
+        "{ranged}"
+    );
     assert!(cache.stored().is_empty());
     assert!(!registry.requests().is_empty());
     cache.check_invariants().await;
@@ -188,7 +247,11 @@ async fn an_empty_folder_that_cannot_be_written_is_passed_by() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_quota_is_kept_and_every_pull_succeeds() {
     let registry = Registry::start().await;
-    let cache = cache().upstream(Upstream::new("up", registry.url())).max_size("8MiB").start().await;
+    let cache = cache()
+        .upstream(Upstream::new("up", registry.url()))
+        .max_size("8MiB")
+        .start()
+        .await;
     let favourite = Content::blob(MIB, "favourite");
     registry.put_blob(REPO, &favourite);
     for n in 0..40 {
@@ -197,11 +260,26 @@ async fn the_quota_is_kept_and_every_pull_succeeds() {
         assert_good(&cache.blob("up", REPO, favourite.digest).await, &favourite);
         assert_good(&cache.blob("up", REPO, blob.digest).await, &blob);
         cache.wait_until_stored(&blob.digest).await;
-        let bounded = eventually(Duration::from_secs(5), || bytes_stored(&cache) <= 8 * MIB as u64).await;
-        assert!(bounded, "{} bytes in a cache of 8 MiB", bytes_stored(&cache));
+        let bounded = eventually(Duration::from_secs(5), || {
+            bytes_stored(&cache) <= 8 * MIB as u64
+        })
+        .await;
+        assert!(
+            bounded,
+            "{} bytes in a cache of 8 MiB",
+            bytes_stored(&cache)
+        );
     }
-    assert_eq!(registry.count((Kind::Blob, "GET", favourite.digest)), 1, "what is used stays");
-    assert!(cache.stored().len() >= 4, "{} blobs left", cache.stored().len());
+    assert_eq!(
+        registry.count((Kind::Blob, "GET", favourite.digest)),
+        1,
+        "what is used stays"
+    );
+    assert!(
+        cache.stored().len() >= 4,
+        "{} blobs left",
+        cache.stored().len()
+    );
     assert!(metric(&cache, "oci_remote_cache_evicted_total").await >= 32);
     // What left can come again.
     let first = Content::blob(MIB, "blob 0");
@@ -214,16 +292,30 @@ async fn the_quota_is_kept_and_every_pull_succeeds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_too_large_passes_uncached() {
     let registry = Registry::start().await;
-    let cache = cache().upstream(Upstream::new("up", registry.url())).max_size("8MiB").start().await;
+    let cache = cache()
+        .upstream(Upstream::new("up", registry.url()))
+        .max_size("8MiB")
+        .start()
+        .await;
     let large = Content::blob(6 * MIB, "large");
     registry.put_blob(REPO, &large);
     for _ in 0..2 {
         let response = cache.blob("up", REPO, large.digest).await;
         assert_good(&response, &large);
-        assert!(said(&response).contains("fwd=bypass; detail=too-large"), "{}", said(&response));
+        assert!(
+            said(&response).contains("fwd=bypass; detail=too-large"),
+            "{}",
+            said(&response)
+        );
     }
-    let part = cache.send(Request::get(&blob_path("up", REPO, large.digest)).range("1000-1999")).await;
-    assert_eq!((part.status, part.body == large.data.slice(1000..2000)), (206, true), "{part}");
+    let part = cache
+        .send(Request::get(&blob_path("up", REPO, large.digest)).range("1000-1999"))
+        .await;
+    assert_eq!(
+        (part.status, part.body == large.data.slice(1000..2000)),
+        (206, true),
+        "{part}"
+    );
     assert!(cache.stored().is_empty());
     cache.check_invariants().await;
 }
@@ -232,15 +324,34 @@ async fn what_is_too_large_passes_uncached() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_tebibytes_are_passed_on_and_not_kept() {
     let registry = Registry::start().await;
-    let cache = cache().upstream(Upstream::new("up", registry.url())).start().await;
+    let cache = cache()
+        .upstream(Upstream::new("up", registry.url()))
+        .start()
+        .await;
     let blob = Content::blob(2 * MIB, "the beginning");
     let size: u64 = 10 << 40;
-    let headers = [("Content-Type", "application/octet-stream"), ("Content-Length", "10995116277760")];
-    registry.script((Kind::Blob, "GET"), faults::declared(&headers, blob.data.clone(), Ending::Stall));
+    let headers = [
+        ("Content-Type", "application/octet-stream"),
+        ("Content-Length", "10995116277760"),
+    ];
+    registry.script(
+        (Kind::Blob, "GET"),
+        faults::declared(&headers, blob.data.clone(), Ending::Stall),
+    );
     let request = Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data);
     let mut incoming = request.open(cache.port()).await.expect("a head");
-    assert_eq!((incoming.response.status, incoming.response.number("content-length")), (200, Some(size)));
-    assert!(said(&incoming.response).contains("fwd=bypass; detail=too-large"), "{}", said(&incoming.response));
+    assert_eq!(
+        (
+            incoming.response.status,
+            incoming.response.number("content-length")
+        ),
+        (200, Some(size))
+    );
+    assert!(
+        said(&incoming.response).contains("fwd=bypass; detail=too-large"),
+        "{}",
+        said(&incoming.response)
+    );
     assert!(incoming.read(MIB as u64).await, "{}", incoming.response);
     assert!(cache.spool_files().is_empty() && cache.stored().is_empty());
     incoming.abort();

@@ -1,11 +1,13 @@
 //! Any number of clients that ask for one cold thing cost the upstream one transfer, and each is served as fast as it reads.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use testbed::cache::{blob_path, manifest_path};
 use testbed::client::storm;
 use testbed::{
-    Background, CacheProcess, Content, Gate, ImageSpec, Kind, Registry, Request, Response,
+    Background, CacheProcess, Content, Gate, Handler, ImageSpec, Kind, Registry, Request, Response,
     ServeOptions, assert_good, eventually, faults,
 };
 use tokio::time::sleep;
@@ -102,6 +104,29 @@ async fn five_hundred_clients_cost_one_transfer() {
     );
     assert_eq!(registry.requests(), [get_blob(REPO, blob.digest)]);
     assert_eq!(registry.sent(Kind::Blob), blob.size());
+    assert_holds(&cache, [&blob]).await;
+    cache.check_invariants().await;
+}
+
+/// S01 at its full size.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "moves 32 GiB over loopback"]
+async fn five_hundred_clients_of_a_large_blob_cost_one_transfer() {
+    let (registry, cache, blob) = up_with_blob(64 << 20).await;
+    let before = cache.anonymous_memory();
+    let request = whole(&blob).timeout(Duration::from_mins(5));
+    all_right(&request.storm(cache.port(), 500).await);
+    assert!(
+        cache.anonymous_memory() < before + (64 << 20),
+        "{before} grew to {}",
+        cache.anonymous_memory()
+    );
+    let sent = registry.sent(Kind::Blob);
+    assert!(
+        sent <= blob.size() + blob.size() / 50,
+        "{sent} bytes: {:?}",
+        ranges(&registry)
+    );
     assert_holds(&cache, [&blob]).await;
     cache.check_invariants().await;
 }
@@ -393,4 +418,134 @@ async fn a_storm_leaves_nothing_open() {
     assert!(closed, "{calm} open files grew to {}", cache.open_files());
     assert_eq!(registry.count(Kind::Blob), 1);
     cache.check_invariants().await;
+}
+
+/// A client that asks only for pieces of a large blob (podman's zstd:chunked, stargz) costs the upstream little more than these pieces.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lazy_client_costs_what_it_asks_for() {
+    let (registry, cache) = up().await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1").layers(&[48 << 20]));
+    let layer = image.layer();
+    assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+    let path = blob_path("up", REPO, layer.digest);
+    let size = layer.size();
+    // The footer first, then what it points at.
+    let pieces = [
+        (size - 65_536, 65_536),
+        (20 * MIB, 512 << 10),
+        (5 * MIB, 512 << 10),
+        (40 * MIB, 512 << 10),
+    ];
+    for (start, length) in pieces {
+        let request = Request::get(&path).range(&format!("{start}-{}", start + length - 1));
+        let part = request
+            .compare_from(&layer.data, start)
+            .send(cache.port())
+            .await;
+        assert_eq!(
+            (part.status, part.length, part.right, part.complete),
+            (206, length, Some(true), true),
+            "{part}"
+        );
+    }
+    sleep(Duration::from_millis(500)).await;
+    let (asked, sent) = (
+        pieces.iter().map(|(_, length)| length).sum::<u64>(),
+        registry.sent(Kind::Blob),
+    );
+    assert!(
+        sent <= asked + asked / 10,
+        "{asked} bytes were asked for and {sent} fetched: {:?}",
+        ranges(&registry)
+    );
+    cache.terminate().await;
+    cache.check_invariants().await;
+}
+
+/// Asked for again, pieces that were fetched are not fetched again, and the whole brings only the rest.
+#[tokio::test(flavor = "multi_thread")]
+async fn pieces_are_not_fetched_again() {
+    let (registry, cache) = up().await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1").layers(&[48 << 20]));
+    let layer = image.layer();
+    assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+    let piece = || {
+        let range = format!("{}-{}", 20 * MIB, 21 * MIB - 1);
+        Request::get(&blob_path("up", REPO, layer.digest))
+            .range(&range)
+            .compare_from(&layer.data, 20 * MIB)
+    };
+    for _ in 0..2 {
+        let part = piece().send(cache.port()).await;
+        assert_eq!(
+            (part.status, part.length, part.right),
+            (206, MIB, Some(true)),
+            "{part}"
+        );
+    }
+    let response = whole(layer).send(cache.port()).await;
+    assert!(response.is_right(), "{response}");
+    let sent = registry.sent(Kind::Blob);
+    assert!(
+        sent <= layer.size() + layer.size() / 50,
+        "{sent} bytes: {:?}",
+        ranges(&registry)
+    );
+    assert_holds(&cache, [&image.manifest, layer]).await;
+    cache.check_invariants().await;
+}
+
+/// Answers as told, and notes how many answers were under way at once.
+fn counted(handler: Handler, most: &Arc<AtomicUsize>) -> Handler {
+    let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::clone(most));
+    Handler::new(move |exchange| {
+        let (handler, now, most) = (handler.clone(), Arc::clone(&now), Arc::clone(&most));
+        async move {
+            most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            handler.call(exchange).await;
+            now.fetch_sub(1, Ordering::SeqCst);
+        }
+    })
+}
+
+/// Where each connection is slow, a large blob comes over several, of which no byte comes twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_line_is_shared_by_several_connections() {
+    let (registry, cache, blob) = up_with_blob(64 << 20).await;
+    let most = Arc::new(AtomicUsize::new(0));
+    let slow = faults::serve(&blob, ServeOptions::new().rate(8 << 20));
+    registry.script((Kind::Blob, "GET"), counted(slow, &most));
+    let response = whole(&blob).send(cache.port()).await;
+    assert!(response.is_right(), "{response}");
+    // One connection alone would take eight seconds.
+    assert!(
+        response.done_after < Duration::from_secs(7),
+        "{:?}",
+        response.done_after
+    );
+    let most = most.load(Ordering::SeqCst);
+    assert!((2..=8).contains(&most), "{most} connections at once");
+    let sent = registry.sent(Kind::Blob);
+    assert!(
+        sent <= blob.size() + blob.size() / 50,
+        "{sent} bytes: {:?}",
+        ranges(&registry)
+    );
+    assert_holds(&cache, [&blob]).await;
+    cache.check_invariants().await;
+}
+
+fn ranges(registry: &Registry) -> Vec<String> {
+    let entries = registry.entries(Kind::Blob);
+    entries
+        .iter()
+        .map(|entry| {
+            format!(
+                "{} {}: {}",
+                entry.method,
+                entry.header("range").unwrap_or("all"),
+                entry.sent
+            )
+        })
+        .collect()
 }

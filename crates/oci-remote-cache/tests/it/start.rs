@@ -11,7 +11,10 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use testbed::cache::blob_path;
-use testbed::{CacheProcess, Gate, Kind, Registry, Request, ServeOptions, Upstream, assert_good, eventually, faults};
+use testbed::{
+    CacheProcess, Gate, Kind, Registry, Request, ServeOptions, Upstream, assert_good, eventually,
+    faults,
+};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout};
 
@@ -35,18 +38,40 @@ struct Start {
 
 impl Start {
     fn new() -> Self {
-        Self { home: TempDir::with_prefix("start-").expect("make a folder"), arguments: Vec::new(), environment: Vec::new() }
+        Self {
+            home: TempDir::with_prefix("start-").expect("make a folder"),
+            arguments: Vec::new(),
+            environment: Vec::new(),
+        }
     }
 
     /// With a configuration of free ports, a cache folder that does not exist, and these lines.
     fn configured(lines: &str) -> Self {
         let mut start = Self::new();
-        let top = ["listen", "admin_listen", "cache_dir"].map(|key| (key, format!("{key} = "))).map(|(key, begin)| {
-            let value = if key == "cache_dir" { start.cache_dir().display().to_string() } else { "127.0.0.1:0".to_owned() };
-            if lines.contains(&begin) { String::new() } else { format!("{begin}\"{value}\"\n") }
-        });
-        fs::write(start.home.path().join("config.toml"), format!("{}{lines}\n", top.concat())).expect("write a file");
-        start.arguments = vec!["serve".to_owned(), "--config".to_owned(), "config.toml".to_owned()];
+        let top = ["listen", "admin_listen", "cache_dir"]
+            .map(|key| (key, format!("{key} = ")))
+            .map(|(key, begin)| {
+                let value = if key == "cache_dir" {
+                    start.cache_dir().display().to_string()
+                } else {
+                    "127.0.0.1:0".to_owned()
+                };
+                if lines.contains(&begin) {
+                    String::new()
+                } else {
+                    format!("{begin}\"{value}\"\n")
+                }
+            });
+        fs::write(
+            start.home.path().join("config.toml"),
+            format!("{}{lines}\n", top.concat()),
+        )
+        .expect("write a file");
+        start.arguments = vec![
+            "serve".to_owned(),
+            "--config".to_owned(),
+            "config.toml".to_owned(),
+        ];
         start
     }
 
@@ -55,7 +80,10 @@ impl Start {
     }
 
     fn arguments(mut self, arguments: &[&str]) -> Self {
-        self.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        self.arguments = arguments
+            .iter()
+            .map(|argument| (*argument).to_owned())
+            .collect();
         self
     }
 
@@ -82,11 +110,22 @@ impl Start {
     /// Starts it; it must end by itself.
     async fn end(&self) -> Ended {
         let output = timeout(Duration::from_secs(20), self.command().output()).await;
-        let output = output.expect("it serves in place of failing").expect("run the binary");
-        let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+        let output = output
+            .expect("it serves in place of failing")
+            .expect("run the binary");
+        let text = [output.stdout, output.stderr]
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .concat();
         let fine = |line: &str| line.contains("\"level\":\"INFO\"");
-        let said = text.lines().filter(|line| !line.trim().is_empty() && !fine(line)).map(str::to_owned).collect();
-        Ended { code: output.status.code(), said }
+        let said = text
+            .lines()
+            .filter(|line| !line.trim().is_empty() && !fine(line))
+            .map(str::to_owned)
+            .collect();
+        Ended {
+            code: output.status.code(),
+            said,
+        }
     }
 
     /// Fails unless it ends with this code and one line that holds all these words, and wrote nothing.
@@ -95,16 +134,30 @@ impl Start {
         let ended = self.end().await;
         assert_eq!((ended.code, ended.said.len()), (Some(code), 1), "{ended:?}");
         for word in words {
-            assert!(ended.said[0].contains(word), "{word:?} is not in {:?}", ended.said[0]);
+            assert!(
+                ended.said[0].contains(word),
+                "{word:?} is not in {:?}",
+                ended.said[0]
+            );
         }
-        assert_eq!(everything_below(self.home.path()), before, "something was written");
+        assert_eq!(
+            everything_below(self.home.path()),
+            before,
+            "something was written"
+        );
     }
 
     /// Starts it; it must come to answer on this port.
     async fn serves(&self, port: u16) -> Child {
         let child = self.command().spawn().expect("start the binary");
         let end = Instant::now() + Duration::from_secs(20);
-        while Request::get("/v2/").timeout(Duration::from_secs(2)).send(port).await.status != 200 {
+        while Request::get("/v2/")
+            .timeout(Duration::from_secs(2))
+            .send(port)
+            .await
+            .status
+            != 200
+        {
             assert!(Instant::now() < end, "nothing answers on port {port}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -135,38 +188,80 @@ fn signal(process: u32, signal: Signal) {
     kill_process(pid, signal).expect("send a signal");
 }
 
+/// Lines of a configuration, which begin in its fourth line, and words of what is said of them.
+const MISTAKES: [(&str, &[&str]); 22] = [
+    (
+        "lisen = \"127.0.0.1:1\"",
+        &["config.toml:4", "lisen", "did you mean", "listen"],
+    ),
+    (
+        "[cache]\nmax_sze = \"1GiB\"",
+        &["config.toml:5", "max_sze", "max_size"],
+    ),
+    (
+        "[upstreams.\"docker.io\"]\ntag_tll = \"1m\"",
+        &["config.toml:5", "docker.io", "tag_tll", "tag_ttl"],
+    ),
+    (
+        "[upstreams.\"docker.io\"]\ncredentials = { usernme = \"u\", password = \"p\" }",
+        &["usernme", "username"],
+    ),
+    ("listen = 8080", &["listen"]),
+    ("default_upstream = true", &["default_upstream"]),
+    (
+        "[upstreams.\"docker.io\"]\naliases = \"x\"",
+        &["config.toml:5", "aliases"],
+    ),
+    (
+        "[upstreams.\"docker.io\"]\nlibrary = \"yes\"",
+        &["config.toml:5", "library"],
+    ),
+    (
+        "[cache]\nmax_size = \"50 potatoes\"",
+        &["config.toml:5", "max_size", "50 potatoes"],
+    ),
+    ("[cache]\nmax_size = -5", &["config.toml:5", "max_size"]),
+    (
+        "[upstreams.\"docker.io\"]\ntag_ttl = \"soon\"",
+        &["config.toml:5", "tag_ttl", "soon"],
+    ),
+    ("listen = \"nowhere\"", &["listen", "nowhere"]),
+    (
+        "[upstreams.x]\nurl = \"ftp://x.example\"",
+        &["config.toml:5", "url"],
+    ),
+    (
+        "[upstreams.x]\nurl = \"not a url\"",
+        &["config.toml:5", "url"],
+    ),
+    ("[upstreams.x]\ntag_ttl = \"1m\"", &["x", "url"]),
+    (
+        "default_upstream = \"dockr.io\"",
+        &["dockr.io", "docker.io"],
+    ),
+    (
+        "[upstreams.\"docker.io\"]\naliases = [\"quay.io\"]",
+        &["quay.io"],
+    ),
+    ("listen = ", &["config.toml"]),
+    (
+        "[upstreams.\"docker.io\"]\nca_file = \"nosuch.pem\"",
+        &["nosuch.pem"],
+    ),
+    (
+        "[upstreams.\"docker.io\"]\ncredentials = { username = \"u\", password = { file = \"nosuch.txt\" } }",
+        &["password", "nosuch.txt"],
+    ),
+    (
+        "[upstreams.\"docker.io\"]\ncredentials = { username = \"u\", password = { env = \"NO_SUCH\" } }",
+        &["password", "NO_SUCH"],
+    ),
+    ("log = \"upstream=loud\"", &["log", "upstream=loud"]),
+];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_wrong_with_the_configuration_is_said_in_one_line() {
-    for (lines, words) in [
-        ("lisen = \"127.0.0.1:1\"", &["config.toml:4", "lisen", "did you mean", "listen"][..]),
-        ("[cache]\nmax_sze = \"1GiB\"", &["config.toml:5", "max_sze", "max_size"]),
-        ("[upstreams.\"docker.io\"]\ntag_tll = \"1m\"", &["config.toml:5", "docker.io", "tag_tll", "tag_ttl"]),
-        ("[upstreams.\"docker.io\"]\ncredentials = { usernme = \"u\", password = \"p\" }", &["usernme", "username"]),
-        ("listen = 8080", &["listen"]),
-        ("default_upstream = true", &["default_upstream"]),
-        ("[upstreams.\"docker.io\"]\naliases = \"x\"", &["config.toml:5", "aliases"]),
-        ("[upstreams.\"docker.io\"]\nlibrary = \"yes\"", &["config.toml:5", "library"]),
-        ("[cache]\nmax_size = \"50 potatoes\"", &["config.toml:5", "max_size", "50 potatoes"]),
-        ("[cache]\nmax_size = -5", &["config.toml:5", "max_size"]),
-        ("[upstreams.\"docker.io\"]\ntag_ttl = \"soon\"", &["config.toml:5", "tag_ttl", "soon"]),
-        ("listen = \"nowhere\"", &["listen", "nowhere"]),
-        ("[upstreams.x]\nurl = \"ftp://x.example\"", &["config.toml:5", "url"]),
-        ("[upstreams.x]\nurl = \"not a url\"", &["config.toml:5", "url"]),
-        ("[upstreams.x]\ntag_ttl = \"1m\"", &["x", "url"]),
-        ("default_upstream = \"dockr.io\"", &["dockr.io", "docker.io"]),
-        ("[upstreams.\"docker.io\"]\naliases = [\"quay.io\"]", &["quay.io"]),
-        ("listen = ", &["config.toml"]),
-        ("[upstreams.\"docker.io\"]\nca_file = \"nosuch.pem\"", &["nosuch.pem"]),
-        (
-            "[upstreams.\"docker.io\"]\ncredentials = { username = \"u\", password = { file = \"nosuch.txt\" } }",
-            &["password", "nosuch.txt"],
-        ),
-        (
-            "[upstreams.\"docker.io\"]\ncredentials = { username = \"u\", password = { env = \"NO_SUCH\" } }",
-            &["password", "NO_SUCH"],
-        ),
-        ("log = \"upstream=loud\"", &["log", "upstream=loud"]),
-    ] {
+    for (lines, words) in MISTAKES {
         let start = Start::configured(lines);
         start.fails(2, words).await;
         assert!(!start.cache_dir().exists(), "{lines}");
@@ -184,24 +279,55 @@ async fn a_url_with_a_password_is_refused_without_showing_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_wrong_with_the_environment_is_said_in_one_line() {
     for (name, value, words) in [
-        ("OCI_REMOTE_CACHE_LISEN", "127.0.0.1:1", &["OCI_REMOTE_CACHE_LISEN", "OCI_REMOTE_CACHE_LISTEN"][..]),
-        ("OCI_REMOTE_CACHE_LISTEN", "nowhere", &["OCI_REMOTE_CACHE_LISTEN", "nowhere"]),
-        ("OCI_REMOTE_CACHE_CACHE__MAX_SIZE", "much", &["OCI_REMOTE_CACHE_CACHE__MAX_SIZE", "much"]),
-        ("OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__TAG_TTL", "soon", &["OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__TAG_TTL", "soon"]),
+        (
+            "OCI_REMOTE_CACHE_LISEN",
+            "127.0.0.1:1",
+            &["OCI_REMOTE_CACHE_LISEN", "OCI_REMOTE_CACHE_LISTEN"][..],
+        ),
+        (
+            "OCI_REMOTE_CACHE_LISTEN",
+            "nowhere",
+            &["OCI_REMOTE_CACHE_LISTEN", "nowhere"],
+        ),
+        (
+            "OCI_REMOTE_CACHE_CACHE__MAX_SIZE",
+            "much",
+            &["OCI_REMOTE_CACHE_CACHE__MAX_SIZE", "much"],
+        ),
+        (
+            "OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__TAG_TTL",
+            "soon",
+            &["OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__TAG_TTL", "soon"],
+        ),
         ("RUST_LOG", "upstream=loud", &["RUST_LOG", "upstream=loud"]),
     ] {
-        Start::configured("").environment(name, value).fails(2, words).await;
+        Start::configured("")
+            .environment(name, value)
+            .fails(2, words)
+            .await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_usage_is_code_two() {
-    for arguments in [&["--nonsense"][..], &["nonsense"], &["serve", "--listen"], &["config", "nonsense"], &["ls", "--listen", "127.0.0.1:1"]] {
+    for arguments in [
+        &["--nonsense"][..],
+        &["nonsense"],
+        &["serve", "--listen"],
+        &["config", "nonsense"],
+        &["ls", "--listen", "127.0.0.1:1"],
+    ] {
         let ended = Start::new().arguments(arguments).end().await;
         assert_eq!(ended.code, Some(2), "{arguments:?}: {ended:?}");
     }
-    Start::new().arguments(&["serve", "--config", "nosuch.toml"]).fails(2, &["nosuch.toml"]).await;
-    Start::new().arguments(&["serve", "--config", "."]).fails(2, &["."]).await;
+    Start::new()
+        .arguments(&["serve", "--config", "nosuch.toml"])
+        .fails(2, &["nosuch.toml"])
+        .await;
+    Start::new()
+        .arguments(&["serve", "--config", "."])
+        .fails(2, &["."])
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -219,7 +345,7 @@ async fn a_port_in_use_is_named() {
 async fn a_cache_folder_that_is_a_file_is_refused() {
     let start = Start::configured("");
     fs::write(start.cache_dir(), "not a folder").expect("write a file");
-    start.fails(1, &["cache"]).await;
+    start.fails(2, &["cache_dir", "no folder"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -244,7 +370,10 @@ async fn a_cache_folder_of_another_user_is_refused() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_symlink_that_others_may_change_is_refused() {
     let start = Start::configured("cache_dir = \"open/link\"");
-    let (open, real) = (start.home.path().join("open"), start.home.path().join("real"));
+    let (open, real) = (
+        start.home.path().join("open"),
+        start.home.path().join("real"),
+    );
     fs::create_dir(&open).expect("make a folder");
     fs::create_dir(&real).expect("make a folder");
     fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).expect("open a folder");
@@ -271,7 +400,9 @@ async fn a_second_process_on_the_same_folder_is_refused() {
     let (_registry, cache, image) = up_with_image().await;
     let folder = cache.cache_dir().display().to_string();
     let before = everything_below(&cache.cache_dir());
-    Start::configured(&format!("cache_dir = \"{folder}\"")).fails(1, &["lock", &folder]).await;
+    Start::configured(&format!("cache_dir = \"{folder}\""))
+        .fails(1, &["lock", &folder])
+        .await;
     assert_eq!(everything_below(&cache.cache_dir()), before);
     cache.pull("up", &image).await;
     cache.kill9().await;
@@ -288,15 +419,24 @@ async fn flags_beat_the_environment_which_beats_the_file() {
     let listen = format!("127.0.0.1:{by_flag}");
     let start = start
         .arguments(&["--config", "config.toml", "--listen", &listen])
-        .environment("OCI_REMOTE_CACHE_LISTEN", &format!("127.0.0.1:{by_variable}"))
-        .environment("OCI_REMOTE_CACHE_ADMIN_LISTEN", &format!("127.0.0.1:{admin}"))
+        .environment(
+            "OCI_REMOTE_CACHE_LISTEN",
+            &format!("127.0.0.1:{by_variable}"),
+        )
+        .environment(
+            "OCI_REMOTE_CACHE_ADMIN_LISTEN",
+            &format!("127.0.0.1:{admin}"),
+        )
         .environment("CACHE_DIRECTORY", "/nonexistent");
     let mut child = start.serves(by_flag).await;
     assert_eq!(Request::get("/healthz").send(admin).await.status, 200);
     assert_eq!(Request::get("/v2/").send(by_variable).await.status, 0);
     assert!(start.cache_dir().join("blobs").is_dir());
     signal(child.id().expect("a process"), Signal::TERM);
-    let status = timeout(Duration::from_secs(20), child.wait()).await.expect("an end").expect("a status");
+    let status = timeout(Duration::from_secs(20), child.wait())
+        .await
+        .expect("an end")
+        .expect("a status");
     assert_eq!(status.code(), Some(0));
 }
 
@@ -313,9 +453,15 @@ async fn systemds_folder_is_used_and_one_that_will_not_last_is_told() {
     let child = start.serves(port).await;
     assert!(folder.join("blobs").is_dir());
     signal(child.id().expect("a process"), Signal::TERM);
-    let output = timeout(Duration::from_secs(20), child.wait_with_output()).await.expect("an end").expect("its output");
+    let output = timeout(Duration::from_secs(20), child.wait_with_output())
+        .await
+        .expect("an end")
+        .expect("its output");
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    let told = text.lines().filter(|line| line.contains("cache_dir")).count();
+    let told = text
+        .lines()
+        .filter(|line| line.contains("cache_dir"))
+        .count();
     if folder.starts_with("/tmp") {
         assert_eq!(told, 1, "{text}");
     }
@@ -325,19 +471,32 @@ async fn systemds_folder_is_used_and_one_that_will_not_last_is_told() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_address_serves_both_families() {
     let (port, admin) = free_ports();
-    let start = Start::configured(&format!("listen = \"[::]:{port}\"\nadmin_listen = \"127.0.0.1:{admin}\""));
+    let start = Start::configured(&format!(
+        "listen = \"[::]:{port}\"\nadmin_listen = \"127.0.0.1:{admin}\""
+    ));
     let child = start.serves(port).await;
     if TcpListener::bind("[::1]:0").is_ok() {
-        tokio::net::TcpStream::connect(("::1", port)).await.expect("connect by IPv6");
+        tokio::net::TcpStream::connect(("::1", port))
+            .await
+            .expect("connect by IPv6");
     }
     drop(child);
 }
 
 /// A cache with a client that has half of its blob.
-async fn half_way() -> (Registry, CacheProcess, testbed::Content, Gate, testbed::Incoming) {
+async fn half_way() -> (
+    Registry,
+    CacheProcess,
+    testbed::Content,
+    Gate,
+    testbed::Incoming,
+) {
     let (registry, cache, blob) = up_with_blob(4 << 20).await;
     let gate = Gate::new();
-    registry.script(Kind::Blob, faults::serve(&blob, ServeOptions::new().pause(2 << 20, &gate)));
+    registry.script(
+        Kind::Blob,
+        faults::serve(&blob, ServeOptions::new().pause(2 << 20, &gate)),
+    );
     let request = Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data);
     let mut client = request.open(cache.port()).await.expect("a head");
     assert!(client.read(1 << 20).await, "{}", client.response);
@@ -353,7 +512,9 @@ async fn sigterm_lets_a_transfer_end() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    timeout(Duration::from_secs(5), closed).await.expect("new clients are turned away");
+    timeout(Duration::from_secs(5), closed)
+        .await
+        .expect("new clients are turned away");
     assert!(cache.is_running(), "it ended with a transfer under way");
     gate.open();
     let response = client.finish().await;
@@ -395,13 +556,20 @@ async fn an_idle_cache_ends_at_once() {
     assert_eq!(idle.response("GET").await.status, 200);
     let began = Instant::now();
     cache.terminate().await;
-    assert!(began.elapsed() < Duration::from_secs(5), "an idle connection held it for {:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "an idle connection held it for {:?}",
+        began.elapsed()
+    );
 }
 
 /// An upstream that needs a file which is not there is told apart from one that is down.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upstream_that_is_down_keeps_nobody_from_starting() {
-    let cache = crate::stage::cache().upstream(Upstream::new("up", "http://127.0.0.1:1")).start().await;
+    let cache = crate::stage::cache()
+        .upstream(Upstream::new("up", "http://127.0.0.1:1"))
+        .start()
+        .await;
     assert_eq!(cache.get("/v2/").await.status, 200);
     assert_eq!(cache.get("/readyz").await.status, 200);
     cache.check_invariants().await;

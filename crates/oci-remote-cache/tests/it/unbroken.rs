@@ -153,7 +153,7 @@ async fn a_body_that_stalls_is_continued() {
         .await;
     assert!(response.is_right(), "{response}");
     assert!(
-        began.elapsed() < Duration::from_secs(60),
+        began.elapsed() < Duration::from_mins(1),
         "{:?}",
         began.elapsed()
     );
@@ -176,7 +176,7 @@ async fn a_body_that_drips_is_given_up_or_continued() {
     );
     let request = Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data);
     let response = request
-        .timeout(Duration::from_secs(120))
+        .timeout(Duration::from_mins(2))
         .send(cache.port())
         .await;
     assert!(response.is_right() || response.is_refused(), "{response}");
@@ -316,7 +316,6 @@ async fn a_long_rate_limit_is_passed_on_and_kept() {
         "Fri, 31 Dec 9999 23:59:59 GMT",
         "4102444800",
         "",
-        "-5",
         "soon",
         "999999999",
     ];
@@ -367,12 +366,23 @@ async fn a_long_rate_limit_is_passed_on_and_kept() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rate_limit_of_less_than_nothing_is_one_of_a_second() {
     let (registry, cache, _image) = up_with_image().await;
-    registry.script(Matcher::any(), faults::error(429, "TOOMANYREQUESTS", &[("Retry-After", "-5")]));
+    registry.script(
+        Matcher::any(),
+        faults::error(429, "TOOMANYREQUESTS", &[("Retry-After", "-5")]),
+    );
     let began = Instant::now();
     let answer = cache.manifest("up", REPO, "v1").await;
     assert_refused(&answer, &[429]);
-    assert!((1..=300).contains(&answer.number("retry-after").unwrap_or_default()), "{:?}", answer.headers);
-    assert!(began.elapsed() >= Duration::from_millis(900), "asked again after {:?}", began.elapsed());
+    assert!(
+        (1..=300).contains(&answer.number("retry-after").unwrap_or_default()),
+        "{:?}",
+        answer.headers
+    );
+    assert!(
+        began.elapsed() >= Duration::from_millis(900),
+        "asked again after {:?}",
+        began.elapsed()
+    );
     assert_eq!(registry.count(Kind::Manifest), 2);
     assert_holds_nothing(&cache).await;
     cache.check_invariants().await;
@@ -530,5 +540,63 @@ async fn a_manifest_that_breaks_off_is_asked_for_again() {
     assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
     assert_eq!(registry.count(Kind::Manifest), 2);
     assert_holds(&cache, [&image.manifest]).await;
+    cache.check_invariants().await;
+}
+
+/// A registry, a mirror of it, and a cache that knows both.
+async fn with_a_mirror() -> (Registry, Registry, CacheProcess) {
+    let (registry, mirror) = (Registry::start().await, Registry::start().await);
+    let upstream = Upstream::new("up", registry.url())
+        .tag_ttl("0s")
+        .mirrors(&[mirror.url().as_str()]);
+    let cache = cache().upstream(upstream).start().await;
+    (registry, mirror, cache)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_is_asked_while_the_registry_is_down() {
+    let (registry, mirror, cache) = with_a_mirror().await;
+    let image = mirror.put_image(&ImageSpec::new(REPO, "v1"));
+    registry.stop().await;
+    cache.pull("up", &image).await;
+    assert_eq!(registry.connections(), 0);
+    assert_eq!(
+        (mirror.count(Kind::Manifest), mirror.count(Kind::Blob)),
+        (1, 2)
+    );
+    assert_holds(&cache, [&image.manifest, &image.config, image.layer()]).await;
+    cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_is_left_alone_while_the_registry_answers() {
+    let (registry, mirror, cache) = with_a_mirror().await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    cache.pull("up", &image).await;
+    assert_eq!((registry.requests().len(), mirror.connections()), (3, 0));
+    cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_continues_what_the_registry_began() {
+    let (registry, mirror, cache) = with_a_mirror().await;
+    let blob = Content::blob(SIZE, "mirrored");
+    mirror.put_blob(REPO, &blob);
+    let broken = faults::serve(&blob, ServeOptions::new().stop_at(HALF));
+    blob_gets(
+        &registry,
+        vec![broken, faults::error(503, "UNAVAILABLE", &[])],
+    );
+    let response = fetch(&cache, &blob).await;
+    assert!(response.is_right(), "{response}");
+    assert_eq!(
+        ranges(&mirror.entries(Kind::Blob)),
+        [Some(format!("bytes={HALF}-{}", SIZE - 1))]
+    );
+    assert_eq!(
+        registry.entries(Kind::Blob)[0].sent + mirror.sent(Kind::Blob),
+        blob.size()
+    );
+    assert_holds(&cache, [&blob]).await;
     cache.check_invariants().await;
 }

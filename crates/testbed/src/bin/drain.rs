@@ -31,7 +31,7 @@ const GULP: usize = 1 << 20;
 const HEAD: usize = 16 << 10;
 
 /// Without a byte for so long a connection counts as dead.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// What is asked, of whom and how often.
 struct Plan {
@@ -95,6 +95,11 @@ impl Plan {
         authority.clone_into(&mut plan.authority);
         plan.request = format!("GET /{path} HTTP/1.1\r\nHost: {authority}\r\n{headers}\r\n");
         Some(plan)
+    }
+
+    fn is_over(&self, begin: Instant) -> bool {
+        self.seconds
+            .is_some_and(|seconds| begin.elapsed() >= seconds)
     }
 }
 
@@ -207,13 +212,6 @@ impl Seen {
             thread::sleep(Duration::from_secs(1));
         }
         Ok(())
-    }
-}
-
-impl Plan {
-    fn is_over(&self, begin: Instant) -> bool {
-        self.seconds
-            .is_some_and(|seconds| begin.elapsed() >= seconds)
     }
 }
 

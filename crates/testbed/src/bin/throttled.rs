@@ -3,7 +3,9 @@
 //! It serves one OCI layout from memory as the test bed's registry does and logs every request. It does not imitate anything else of a network: no loss,
 //! no jitter, no cost for a connection.
 //!
-//! usage: `throttled --layout DIR --repo NAME [--rate BYTES_PER_SECOND] [--latency-ms N] [--auth token]`
+//! usage: `throttled --layout DIR --repo NAME [--rate BYTES_PER_SECOND] [--latency-ms N] [--realm URL]`
+//!
+//! `--realm` asks clients for a token, which this same server hands out to anyone; the URL is the one that they reach its `/token` at.
 //!
 //! The first line of output is its URL. `GET /bench/stats` answers with the requests so far, as SIGTERM prints them; `GET /bench/reset` forgets them.
 #![expect(
@@ -34,7 +36,7 @@ struct Options {
     repo: String,
     rate: Option<u64>,
     latency: Duration,
-    token: bool,
+    realm: Option<String>,
 }
 
 /// The registry with what stands before it.
@@ -50,14 +52,12 @@ impl Options {
         let mut options = Options::default();
         while let Some(name) = args.next() {
             let value = args.next()?;
-            match (name.as_str(), value.as_str()) {
-                ("--layout", _) => options.layout = value.into(),
-                ("--repo", _) => options.repo = value,
-                ("--rate", _) => options.rate = Some(value.parse().ok()?),
-                ("--latency-ms", _) => {
-                    options.latency = Duration::from_millis(value.parse().ok()?);
-                }
-                ("--auth", "token") => options.token = true,
+            match name.as_str() {
+                "--layout" => options.layout = value.into(),
+                "--repo" => options.repo = value,
+                "--rate" => options.rate = Some(value.parse().ok()?),
+                "--latency-ms" => options.latency = Duration::from_millis(value.parse().ok()?),
+                "--realm" => options.realm = Some(value),
                 _ => return None,
             }
         }
@@ -69,8 +69,9 @@ impl Upstream {
     async fn new(options: &Options) -> Self {
         let registry = Registry::start().await;
         let auth = options
-            .token
-            .then(|| Bearer::of(&TokenServer::at(&registry)));
+            .realm
+            .as_deref()
+            .map(|realm| Bearer::of(&TokenServer::at(&registry)).realm(realm));
         if let Some(auth) = &auth {
             registry.require(auth.clone());
         }

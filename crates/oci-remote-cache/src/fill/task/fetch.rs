@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
@@ -45,6 +46,8 @@ pub(super) struct Fetch {
 struct Range {
     position: AtomicU64,
     end: AtomicU64,
+    /// Microseconds spent waiting for the upstream since the last look.
+    waited: AtomicU64,
     measured: Mutex<Measured>,
 }
 
@@ -82,6 +85,7 @@ impl Fetch {
         let range = Arc::new(Range {
             position: position.into(),
             end: end.into(),
+            waited: 0.into(),
             measured,
         });
         let worker = Worker {
@@ -118,8 +122,8 @@ impl Fetch {
         self.range.end.fetch_min(end, Ordering::Relaxed);
     }
 
-    /// Notes the rate since the last look.
-    pub(super) fn measure(&self, now: Instant) {
+    /// Notes the rate since the last look, and tells how long the upstream was waited for since then.
+    pub(super) fn measure(&self, now: Instant) -> Duration {
         let position = self.range.position.load(Ordering::Relaxed);
         let mut measured = self
             .range
@@ -138,6 +142,7 @@ impl Fetch {
                 rate,
             };
         }
+        Duration::from_micros(self.range.waited.swap(0, Ordering::Relaxed))
     }
 }
 
@@ -199,7 +204,11 @@ impl Worker {
 
     /// What has arrived, at least one part unless the range is complete.
     async fn batch(&mut self) -> Result<Vec<Bytes>, UpstreamError> {
-        let Some(first) = self.stream.next().await? else {
+        let asked = Instant::now();
+        let first = self.stream.next().await?;
+        let waited = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.range.waited.fetch_add(waited, Ordering::Relaxed);
+        let Some(first) = first else {
             return Ok(Vec::new());
         };
         let mut size = first.len();

@@ -18,6 +18,7 @@ use crate::names::CredentialId;
 use crate::store::catalog::{Change, Kind, Membership, PendingRecord, Proof};
 use crate::store::spool::{Spool, Verified};
 use crate::store::usage::Reservation;
+use crate::upstream::Fault;
 
 /// How long requests find a fill that cannot keep its blob, and go on alone at once, before another one tries.
 const ALONE: Duration = Duration::from_secs(2);
@@ -28,6 +29,8 @@ enum Outcome {
     Alone(Box<Alone>),
     Parked(Arc<Spool>),
     Failed(FillError, Option<Arc<Spool>>),
+    /// The upstream gave up midway; what came is worth keeping for the next try.
+    Broken(FillError, Arc<Spool>),
 }
 
 /// Runs a fill to its end.
@@ -72,6 +75,12 @@ async fn conclude(fill: &Arc<Fill>, fills: &Fills, outcome: Outcome) -> &'static
             fill.set(|progress| progress.phase = Phase::Failed(FillError::Parked));
             "parked"
         }
+        Outcome::Broken(error, spool) => {
+            let store = fills.store.clone();
+            on_disk(fills, move || spool.park(store.layout())).await;
+            fills.store.count_parked().await;
+            fail(fill, fills, error)
+        }
         Outcome::Failed(error, spool) => {
             if let Some(spool) = spool {
                 on_disk(fills, move || spool.discard()).await;
@@ -89,7 +98,12 @@ fn fail(fill: &Fill, fills: &Fills, error: FillError) -> &'static str {
         | FillError::Parked
         | FillError::Stopping => "failed",
     };
-    tracing::warn!(%error, source = %fill.source, digest = %fill.key.digest, "a blob was not fetched");
+    if is_refusal(&error) {
+        // Anyone can ask for what is not there: that is no news.
+        tracing::debug!(%error, source = %fill.source, digest = %fill.key.digest, "a blob was not fetched");
+    } else {
+        tracing::warn!(%error, source = %fill.source, digest = %fill.key.digest, "a blob was not fetched");
+    }
     if matches!(error, FillError::Mismatch { .. }) {
         fills.avoid(fill);
     }
@@ -100,6 +114,19 @@ fn fail(fill: &Fill, fills: &Fills, error: FillError) -> &'static str {
     }
     fill.set(|progress| progress.phase = Phase::Failed(error));
     label
+}
+
+fn is_refusal(error: &FillError) -> bool {
+    match error {
+        FillError::Upstream(error) => {
+            matches!(error.fault(), Fault::NotFound { .. } | Fault::Denied { .. })
+        }
+        FillError::Mismatch { .. }
+        | FillError::Pieces(_)
+        | FillError::Busy { .. }
+        | FillError::Parked
+        | FillError::Stopping => false,
+    }
 }
 
 /// Membership is on disk before the last bytes leave, so that what a client finished pulling before a kill -9 is a hit after it;

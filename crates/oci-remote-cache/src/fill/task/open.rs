@@ -129,7 +129,7 @@ async fn make_spool(
     match made.await.ok()? {
         Ok(spool) => Some((spool, reservation)),
         Err(error) => {
-            fills.metrics.store_faults.inc();
+            fills.store.note_failure("no spool can be made", &error);
             tracing::warn!(%error, "no spool can be made; the blob passes through uncached");
             None
         }

@@ -2,6 +2,7 @@
 //!
 //! One connection is the rule. When it is clearly the limit (the rest would take seconds) another is tried, and more while each step
 //! brings clearly more bytes a second. A transfer that pauses is left alone: a pause says nothing about what more connections would bring.
+//! So is one that this machine cannot keep up with: where bytes lie waiting in the socket, another socket brings none.
 
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ pub(super) struct Pace {
     bytes: u64,
     before: u64,
     tick: Instant,
+    waited: Duration,
 }
 
 impl Pace {
@@ -33,6 +35,7 @@ impl Pace {
             bytes: 0,
             before: 0,
             tick: now,
+            waited: Duration::ZERO,
         }
     }
 
@@ -56,8 +59,15 @@ impl Pace {
         self.growing = false;
     }
 
-    /// Looks at how many bytes have arrived in all, and how many are missing.
-    pub(super) fn measure(&mut self, now: Instant, arrived: u64, missing: u64) {
+    /// Looks at how many bytes have arrived in all, how many are missing, and how long each connection waited for the upstream since the
+    /// last look.
+    pub(super) fn measure(
+        &mut self,
+        now: Instant,
+        (arrived, missing): (u64, u64),
+        waited: Duration,
+    ) {
+        self.waited += waited;
         let elapsed = now.saturating_duration_since(self.window);
         if elapsed < WINDOW {
             return;
@@ -67,9 +77,10 @@ impl Pace {
             / u64::try_from(elapsed.as_millis())
                 .unwrap_or(u64::MAX)
                 .max(1);
+        let narrow = std::mem::take(&mut self.waited) > elapsed / 2;
         self.window = now;
         self.bytes = arrived;
-        if rate == 0 || !self.growing || missing / rate < SOON {
+        if rate == 0 || !self.growing || !narrow || missing / rate < SOON {
             self.before = rate;
             return;
         }
@@ -94,6 +105,15 @@ mod tests {
 
     /// Runs windows with a rate that depends on the connections used; returns the connections after each.
     fn shares(windows: usize, size: u64, rate: impl Fn(usize) -> u64) -> Vec<usize> {
+        shares_waiting(windows, size, (rate, WINDOW))
+    }
+
+    /// The same, where each connection waits for the upstream so long in each window.
+    fn shares_waiting(
+        windows: usize,
+        size: u64,
+        (rate, waited): (impl Fn(usize) -> u64, Duration),
+    ) -> Vec<usize> {
         let mut now = Instant::now();
         let mut pace = Pace::new(now);
         let mut arrived = 0;
@@ -101,7 +121,7 @@ mod tests {
             .map(|_| {
                 now += WINDOW;
                 arrived += rate(pace.share()) / 2;
-                pace.measure(now, arrived, size - arrived);
+                pace.measure(now, (arrived, size - arrived), waited);
                 pace.share()
             })
             .collect()
@@ -123,6 +143,14 @@ mod tests {
     #[test]
     fn a_fast_transfer_is_left_alone() {
         assert_eq!(shares(1, 600 * MIB, |_| 1000 * MIB), [1]);
+    }
+
+    #[test]
+    fn more_connections_are_no_help_to_a_busy_machine() {
+        assert_eq!(
+            shares_waiting(5, 1000 * MIB, (|_| 20 * MIB, WINDOW / 10)),
+            [1, 1, 1, 1, 1]
+        );
     }
 
     #[test]

@@ -302,13 +302,11 @@ impl Transfer {
     /// A connection gave up. While others bring bytes the blob goes on with those.
     fn refused(&mut self, error: UpstreamError) -> Flow {
         if self.fetches.is_empty() {
-            let keep = self.spool.total() > 0
-                && error.is_outage()
-                && self.size.is_some_and(|size| size > SMALL);
-            if keep && let Flow::End(parked) = self.park() {
-                return Flow::End(parked);
-            }
+            let worth = self.spool.total() > 0 && self.size.is_some_and(|size| size > SMALL);
             let spool = Arc::clone(&self.spool);
+            if worth && error.is_outage() {
+                return Flow::End(Outcome::Broken(error.into(), spool));
+            }
             return Flow::End(Outcome::Failed(error.into(), Some(spool)));
         }
         tracing::info!(%error, "an extra connection failed; going on with fewer");
@@ -318,7 +316,7 @@ impl Transfer {
 
     /// The disk refused. Room is made once; then the readers go on alone.
     async fn broke(&mut self, error: &std::io::Error) -> Flow {
-        self.fills.metrics.store_faults.inc();
+        self.fills.store.note_failure("a spool broke", error);
         tracing::warn!(%error, digest = %self.fill.key.digest, "the spool broke");
         self.fetches.clear();
         let missing = self
@@ -358,9 +356,8 @@ impl Transfer {
 
     fn measure(&mut self) {
         let now = Instant::now();
-        for fetch in &self.fetches {
-            fetch.measure(now);
-        }
+        let waited: Duration = self.fetches.iter().map(|fetch| fetch.measure(now)).sum();
+        let each = waited / u32::try_from(self.fetches.len().max(1)).unwrap_or(1);
         let missing = self
             .size
             .map_or(0, |size| size.saturating_sub(self.spool.total()));
@@ -368,7 +365,7 @@ impl Transfer {
             let needed = self.size.unwrap_or_else(|| self.spool.total());
             reservation.grow(needed.saturating_sub(reservation.bytes()));
         }
-        self.pace.measure(now, self.spool.total(), missing);
+        self.pace.measure(now, (self.spool.total(), missing), each);
     }
 
     /// A fill that nobody reads finishes if it is small or half in; else it is parked after a while.

@@ -23,7 +23,8 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::body::Body;
-use super::observe::{Audience, Chain, Observer};
+pub use super::observe::Audience;
+use super::observe::{Chain, Observer};
 use super::sendfile::{self, Patience};
 use crate::metrics::Metrics;
 use crate::tasks::Tasks;

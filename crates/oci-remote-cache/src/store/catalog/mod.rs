@@ -45,9 +45,6 @@ const QUEUE: usize = 1024;
 /// Memberships kept in memory in front of the database.
 const RIGHTS_IN_MEMORY: usize = 16_384;
 
-/// Sizes learned from manifests that are kept in memory.
-const SIZES_IN_MEMORY: usize = 16_384;
-
 /// The catalog. Clones share it.
 #[derive(Clone)]
 pub struct Catalog {
@@ -68,7 +65,6 @@ struct Inner {
     queue: mpsc::Sender<Job>,
     readers: Readers,
     remembered: Arc<Remembered>,
-    sizes: Cache<Digest, u64>,
     metrics: Metrics,
 }
 
@@ -135,7 +131,6 @@ impl Catalog {
             queue,
             readers,
             remembered: Arc::new(remembered),
-            sizes: Cache::new(SIZES_IN_MEMORY),
             metrics: metrics.clone(),
         };
         Ok(Self {
@@ -282,18 +277,6 @@ impl Catalog {
         }
         drop(filling);
         Ok(found)
-    }
-
-    /// Remembers lengths that manifests tell, in memory only, to know a blob's size before the first answer for it.
-    pub fn record_sizes(&self, sizes: Vec<(Digest, u64)>) {
-        for (digest, size) in sizes {
-            self.inner.sizes.insert(digest, size);
-        }
-    }
-
-    /// A blob's length as a manifest told it; not proven.
-    pub fn size_hint(&self, digest: &Digest) -> Option<u64> {
-        self.inner.sizes.get(digest)
     }
 
     /// Reads, counting a failure as a fault of the store.
