@@ -197,7 +197,7 @@ fn greet(store: &Store) {
     let folder = store.layout().root();
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
-        cache_dir = %folder.display(),
+        folder = %folder.display(),
         max_size_bytes = store.usage().max_size(),
         stored_blobs = store.usage().count(),
         stored_bytes = store.usage().total(),

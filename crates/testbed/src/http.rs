@@ -7,6 +7,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::AsyncReadExt as _;
@@ -379,10 +380,14 @@ fn bind(address: SocketAddr) -> TcpSocket {
     socket
         .set_send_buffer_size(SEND_BUFFER)
         .expect("set SO_SNDBUF");
-    socket
-        .bind(address)
-        .unwrap_or_else(|error| panic!("bind {address}: {error}"));
-    socket
+    // A listener that was just closed may still be on its way out.
+    for _ in 0..100 {
+        if socket.bind(address).is_ok() {
+            return socket;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("bind {address}: it stays in use");
 }
 
 /// The backlog is deep because storms connect all at once.

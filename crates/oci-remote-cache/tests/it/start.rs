@@ -460,7 +460,7 @@ async fn systemds_folder_is_used_and_one_that_will_not_last_is_told() {
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     let told = text
         .lines()
-        .filter(|line| line.contains("cache_dir"))
+        .filter(|line| line.contains("will not last") && line.contains("cache_dir"))
         .count();
     if folder.starts_with("/tmp") {
         assert_eq!(told, 1, "{text}");
