@@ -163,13 +163,25 @@ impl Cache {
             upstream: grant.source().upstream.clone(),
             digest: known,
         };
-        if let Some(progress) = self.inner.fills.running(&key, grant.source(), standing)
-            && let (Some(size), Phase::Filling | Phase::Verified) = (progress.size, progress.phase)
+        let running = self.inner.fills.running(&key, grant.source(), standing);
+        if let Some((size, phase)) =
+            running.and_then(|progress| Some((progress.size?, progress.phase)))
         {
-            return Ok(BlobHead {
-                size: Some(size),
-                verdict: Verdict::Collapsed,
-            });
+            match phase {
+                Phase::Verified => {
+                    return Ok(BlobHead {
+                        size: Some(size),
+                        verdict: Verdict::Hit,
+                    });
+                }
+                Phase::Filling => {
+                    return Ok(BlobHead {
+                        size: Some(size),
+                        verdict: Verdict::Collapsed,
+                    });
+                }
+                Phase::Opening | Phase::Alone(_) | Phase::Failed(_) => {}
+            }
         }
         let probe = self
             .probe(grant.source(), Thing::Blob, digest.clone(), deadline)
@@ -210,6 +222,12 @@ impl Cache {
         match joined.open(deadline).await {
             Ok(Some(open)) => {
                 self.lift(grant.source()).await;
+                // Verified means that all is here, though its file may not have its name yet.
+                let verdict = if open.is_verified() {
+                    Verdict::Hit
+                } else {
+                    verdict
+                };
                 let verdict = open.bypass().map_or(verdict, Verdict::Bypass);
                 Ok(BlobAnswer::Filling(Box::new(open), verdict))
             }

@@ -100,8 +100,8 @@ impl Alone {
         };
         let start = check.as_ref().map_or(from, |state| state.position);
         let (stream, place) = match self.opened_at(start) {
-            Some(opened) => opened,
-            None => self.open(fills, fill, start, end).await?,
+            (Some(stream), place) => (stream, place),
+            (None, place) => self.open(fills, fill, place, (start, end)).await?,
         };
         let wanted = fill.key.digest;
         let upstream = fill.key.upstream.clone();
@@ -121,15 +121,13 @@ impl Alone {
         })
     }
 
-    fn opened_at(&self, start: u64) -> Option<(BlobStream, Option<OwnedSemaphorePermit>)> {
+    /// The upstream's answer, where it begins as this reader does. Else only its place: an answer that nobody can use must not keep one.
+    fn opened_at(&self, start: u64) -> (Option<BlobStream>, Option<OwnedSemaphorePermit>) {
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = opened
-            .as_ref()
-            .is_some_and(|(stream, _)| stream.position() == start);
-        if fits {
-            opened.take().map(|(stream, place)| (stream, Some(place)))
-        } else {
-            None
+        match opened.take() {
+            Some((stream, place)) if stream.position() == start => (Some(stream), Some(place)),
+            Some((_unusable, place)) => (None, Some(place)),
+            None => (None, None),
         }
     }
 
@@ -137,14 +135,17 @@ impl Alone {
         &self,
         fills: &Fills,
         fill: &Fill,
-        start: u64,
-        end: Option<u64>,
+        place: Option<OwnedSemaphorePermit>,
+        (start, end): (u64, Option<u64>),
     ) -> Result<(BlobStream, Option<OwnedSemaphorePermit>), FillError> {
-        let place = fills.place(&fill.key.upstream).await;
+        let place = match place {
+            Some(place) => Some(place),
+            None => fills.place(&fill.key.upstream).await,
+        };
         let stream = match (self.size, end) {
             (Some(size), Some(end)) if start > 0 || end < size => {
-                fill.ask_again()
-                    .later(Slice { start, end }, size, self.validator.clone())
+                let rest = Slice { start, end };
+                fill.ask_again().later(rest, size, self.validator.clone())
             }
             _ => fill.ask.clone().open(None, Deadline::for_answer()).await?,
         };

@@ -17,6 +17,9 @@ pub const SEGMENT: u64 = 8 << 20;
 /// The least that is worth taking over from a slower connection: 4 MiB.
 const SPLIT: u64 = 4 << 20;
 
+/// The most that may lie in sockets between an upstream and us: 4 MiB.
+const ON_THE_WAY: u64 = 4 << 20;
+
 /// One range being fetched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Active {
@@ -233,7 +236,9 @@ fn straggler(view: &View<'_>) -> Option<Step> {
         .copied()
         .enumerate()
         .max_by_key(|(_, active)| active.end - active.position)?;
-    let rest = active.end - active.position;
+    // What is in the socket already comes anyway, and would come twice.
+    let on_the_way = active.rate.min(ON_THE_WAY);
+    let rest = active.end.saturating_sub(active.position + on_the_way);
     // A rest that its own connection brings within a second is not worth another request.
     if rest < 2 * SPLIT || rest <= active.rate {
         return None;
@@ -243,7 +248,7 @@ fn straggler(view: &View<'_>) -> Option<Step> {
     } else {
         rest / 2
     };
-    let start = active.position + share;
+    let start = active.position + on_the_way + share;
     let end = if view.share > 1 {
         active.end.min(start + SEGMENT)
     } else {
@@ -379,7 +384,7 @@ mod tests {
             share: 2,
             ..view(size, &gaps, &active, &[])
         };
-        let taken = slice(SEGMENT, 2 * SEGMENT);
+        let taken = slice(SEGMENT + MIB, 2 * SEGMENT + MIB);
         assert_eq!(
             next(&two),
             Some(Step::TakeOver {
@@ -406,7 +411,7 @@ mod tests {
             next(&two),
             Some(Step::TakeOver {
                 from: 0,
-                slice: slice(68 * MIB, 76 * MIB)
+                slice: slice(68 * MIB + MIB / 2, 76 * MIB)
             })
         );
     }

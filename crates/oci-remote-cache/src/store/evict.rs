@@ -10,7 +10,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::Notify;
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tracing::{info, warn};
 
 use oci::Digest;
@@ -26,6 +26,9 @@ use crate::tasks::Tasks;
 
 /// How often the uses of blobs are written down.
 const WRITE_USES: Duration = Duration::from_secs(10);
+
+/// How often files that nobody asked for lately are closed.
+const CLOSE_FILES: Duration = Duration::from_secs(1);
 
 /// Pause after an eviction that found nothing.
 const NOTHING_TO_EVICT: Duration = Duration::from_millis(200);
@@ -108,6 +111,7 @@ impl PartialOrd for ByUse {
 enum Wake {
     LimitPassed,
     UsesDue,
+    FilesDue,
     Stopping,
 }
 
@@ -119,19 +123,26 @@ pub(super) fn keep_tidy(store: &Store, tasks: &Tasks) {
 }
 
 async fn keep(shared: Weak<Shared>, bell: Arc<Notify>, tasks: Tasks) {
-    let mut uses_due = interval_at(Instant::now() + WRITE_USES, WRITE_USES);
-    uses_due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut uses_due = every(WRITE_USES);
+    let mut files_due = every(CLOSE_FILES);
     loop {
         let wake = tokio::select! {
             () = tasks.stopping() => Wake::Stopping,
             () = bell.notified() => Wake::LimitPassed,
             _ = uses_due.tick() => Wake::UsesDue,
+            _ = files_due.tick() => Wake::FilesDue,
         };
         let store = tidy(&shared, wake).await;
         if store.is_none() || wake == Wake::Stopping {
             return;
         }
     }
+}
+
+fn every(period: Duration) -> Interval {
+    let mut due = interval_at(Instant::now() + period, period);
+    due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    due
 }
 
 /// One round of tidying; `None` when the store is gone.
@@ -150,6 +161,7 @@ async fn tidy(shared: &Weak<Shared>, wake: Wake) -> Option<()> {
             }
         }
         Wake::UsesDue | Wake::Stopping => store.close().await,
+        Wake::FilesDue => store.usage().close_idle(store.shared.clock.now()),
     }
     Some(())
 }

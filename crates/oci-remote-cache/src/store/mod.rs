@@ -35,7 +35,7 @@ use self::evict::{Evicted, evict, keep_tidy, parked_bytes};
 use self::layout::Layout;
 use self::limit::default_max_size;
 use self::prove::Turns;
-use self::publish::{publish, remove};
+use self::publish::{FileIdentity, publish, remove};
 use self::recover::Recovery;
 use self::span::Span;
 use self::spool::Verified;
@@ -135,10 +135,18 @@ impl Store {
     /// cannot be opened right now.
     pub async fn blob(&self, digest: &Digest) -> Option<Blob> {
         let found = self.shared.usage.find(digest, self.shared.clock.now())?;
-        if let Some(file) = found.file {
+        let Some(file) = found.file else {
+            return self.opened(found.blob).await;
+        };
+        // Somebody else may have written into the file since it was opened.
+        if FileIdentity::of(&file).is_ok_and(|identity| identity == found.blob.identity) {
             return Some(found.blob.open(file));
         }
-        self.opened(found.blob).await
+        self.opened(StoredBlob {
+            trust: Trust::Unproven,
+            ..found.blob
+        })
+        .await
     }
 
     /// Notes that a blob was used although its file was not opened: manifests are answered from memory.

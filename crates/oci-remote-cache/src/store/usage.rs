@@ -22,6 +22,9 @@ use crate::metrics::Metrics;
 /// A use is written down when the one written last is older than this: the order of eviction needs no more.
 const USE_GRAIN: Duration = Duration::from_mins(1);
 
+/// How long a file stays open for the next reader.
+const KEPT_OPEN: Duration = Duration::from_secs(3);
+
 /// The index of stored blobs and the account of the disk. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Usage {
@@ -228,6 +231,25 @@ impl Usage {
         if let Some(entry) = index.entries.get_mut(digest) {
             entry.file = Arc::downgrade(file);
             self.account.open.insert(*digest, Arc::clone(file));
+        }
+    }
+
+    /// Closes files that nobody has asked for since a while.
+    pub(super) fn close_idle(&self, now: Timestamp) {
+        let index = self.account.lock();
+        let is_idle = |digest: &Digest| {
+            let entry = index.entries.get(digest);
+            entry.is_none_or(|entry| entry.last_used.age(now) > KEPT_OPEN)
+        };
+        let idle: Vec<Digest> = self
+            .account
+            .open
+            .iter()
+            .map(|(digest, _)| digest)
+            .filter(is_idle)
+            .collect();
+        for digest in idle {
+            self.account.open.remove(&digest);
         }
     }
 

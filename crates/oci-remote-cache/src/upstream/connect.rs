@@ -18,7 +18,9 @@ use super::error::{Fault, SetupError};
 use super::guard::{Class, Refusal, Rules};
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-const IDLE_LIMIT: Duration = Duration::from_mins(1);
+const IDLE_LIMIT: Duration = Duration::from_secs(15);
+/// Idle connections kept to one host: a storm's connections are not worth their descriptors afterwards.
+const IDLE_MOST: usize = 8;
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// How often a busy HTTP/2 connection is asked whether it lives, and how long it may take to say so: a connection that a middlebox
 /// forgot must not swallow every request until its timeout.
@@ -243,6 +245,7 @@ fn plain_builder(rules: &Arc<Rules>) -> ClientBuilder {
         .referer(false)
         .connect_timeout(CONNECT_LIMIT)
         .pool_idle_timeout(IDLE_LIMIT)
+        .pool_max_idle_per_host(IDLE_MOST)
         .tcp_keepalive(KEEPALIVE)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(H2_PING)

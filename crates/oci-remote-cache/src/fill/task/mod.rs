@@ -72,6 +72,7 @@ async fn conclude(fill: &Arc<Fill>, fills: &Fills, outcome: Outcome) -> &'static
             let store = fills.store.clone();
             on_disk(fills, move || spool.park(store.layout())).await;
             fills.store.count_parked().await;
+            fills.leave(fill);
             fill.set(|progress| progress.phase = Phase::Failed(FillError::Parked));
             "parked"
         }
