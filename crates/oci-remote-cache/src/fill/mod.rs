@@ -374,3 +374,6 @@ impl Aim {
         (position < end).then_some(Want { position, end })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,11 +13,9 @@ use testbed::{
 use tokio::time::sleep;
 
 use crate::stage::{
-    AFTER_A_FAILURE, REPO, as_it_is, assert_holds, assert_holds_nothing, assert_refused,
+    AFTER_A_FAILURE, DIGEST, REPO, as_it_is, assert_holds, assert_holds_nothing, assert_refused,
     get_manifest, head_manifest, said, up, up_with_blob, up_without_ttl,
 };
-
-const DIGEST: &str = "docker-content-digest";
 
 /// Every GET of a blob is answered by this.
 fn serve_badly(registry: &Registry, bad: Handler) {

@@ -18,9 +18,13 @@ mod explains;
 #[cfg(test)]
 mod floors;
 #[cfg(test)]
+mod listings;
+#[cfg(test)]
 mod never_worse;
 #[cfg(test)]
 mod once;
+#[cfg(test)]
+mod ranges;
 #[cfg(test)]
 mod redirects;
 #[cfg(test)]

@@ -17,6 +17,9 @@ pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_oci-remote-cache");
 /// A repository that needs no explanation.
 pub(crate) const REPO: &str = "lib/app";
 
+/// Where an answer names its digest.
+pub(crate) const DIGEST: &str = "docker-content-digest";
+
 /// How long requests of one repository may share a failure, and a little more.
 pub(crate) const AFTER_A_FAILURE: Duration = Duration::from_millis(700);
 

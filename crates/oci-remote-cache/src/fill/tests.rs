@@ -1,0 +1,887 @@
+//! The engine by itself: readers of every shape against an upstream that breaks in every way, and the one look under interleavings.
+
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use oci::{Digest, RangeHeader, RangeSpec, Resolved, Slice};
+use proptest::prelude::*;
+use tempfile::TempDir;
+use testbed::{Content, Gate, Handler, Kind, Matcher, Registry, ServeOptions, faults};
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+use tokio::task::{JoinSet, yield_now};
+use tokio::time::{Instant, sleep, timeout};
+use url::Url;
+
+use super::find::Slot;
+use super::tail::{Joined, Open, Part, Release, Tail};
+use super::*;
+use crate::clock::Clock;
+use crate::deadline::Deadline;
+use crate::store::{Blob, Health, StoreSettings};
+use crate::upstream::{self, Upstream};
+
+const MIB: u64 = 1 << 20;
+const REPO: &str = "lib/app";
+
+/// What a takeover may leave unread in a socket.
+const IN_SOCKETS: u64 = 8 * MIB;
+
+/// An engine over an empty store, in front of a registry that does as it is told.
+struct Bench {
+    registry: Registry,
+    upstreams: HashMap<UpstreamId, Arc<Upstream>>,
+    store: Store,
+    fills: Fills,
+    metrics: Metrics,
+    tasks: Tasks,
+    _dir: TempDir,
+}
+
+impl Bench {
+    async fn new() -> Arc<Self> {
+        let registry = Registry::start().await;
+        let (metrics, tasks) = (Metrics::new(), Tasks::new());
+        let dir = TempDir::new().unwrap();
+        let settings = StoreSettings {
+            dir: dir.path().join("cache"),
+            max_size: Some(1 << 30),
+            max_blob: None,
+        };
+        let store = Store::open(settings, Clock::system(), metrics.clone(), tasks.clone())
+            .await
+            .unwrap();
+        let limit = Connections {
+            per_blob: 4,
+            per_upstream: 16,
+        };
+        let ids = ["up", "other"].map(UpstreamId::new);
+        let limits = ids.iter().map(|id| (id.clone(), limit)).collect();
+        let upstreams = ids.map(|id| (id.clone(), connected(&id, &registry, &metrics)));
+        Arc::new(Self {
+            fills: Fills::new(store.clone(), metrics.clone(), tasks.clone(), limits),
+            upstreams: HashMap::from(upstreams),
+            registry,
+            store,
+            metrics,
+            tasks,
+            _dir: dir,
+        })
+    }
+
+    fn blob(&self, size: u64, seed: &str) -> Content {
+        let blob = Content::blob(usize::try_from(size).unwrap(), seed);
+        self.registry.put_blob(REPO, &blob);
+        self.registry.put_blob("lib/twin", &blob);
+        blob
+    }
+
+    fn wanted(&self, (upstream, repo): (&str, &str), digest: Digest, standing: Standing) -> Wanted {
+        let id = UpstreamId::new(upstream);
+        Wanted {
+            upstream: Arc::clone(&self.upstreams[&id]),
+            source: Source::new(id, repo.parse().unwrap()),
+            digest,
+            standing,
+            wish: wish_of(None, 1),
+            size_hint: None,
+        }
+    }
+
+    fn proven(&self, blob: &Content) -> Wanted {
+        self.wanted(("up", REPO), blob.digest, Standing::Proven)
+    }
+
+    fn gets(&self, blob: &Content) -> usize {
+        self.registry.count((Kind::Blob, "GET", blob.digest))
+    }
+
+    /// Waits until no fill runs.
+    async fn calm(&self, limit: Duration) {
+        let end = Instant::now() + limit;
+        while self.metrics.fills.get() > 0 {
+            assert!(Instant::now() < end, "a fill does not end");
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn end(&self) {
+        self.tasks.stop();
+        assert!(
+            self.tasks.ended(Duration::from_secs(10)).await,
+            "{} tasks do not end",
+            self.tasks.len()
+        );
+    }
+
+    fn files_in(&self, folder: &std::path::Path) -> usize {
+        std::fs::read_dir(folder).unwrap().count()
+    }
+
+    fn parked(&self) -> usize {
+        self.files_in(&self.store.layout().parked_dir())
+    }
+
+    fn spooled(&self) -> usize {
+        self.files_in(&self.store.layout().spool_dir())
+    }
+}
+
+fn connected(id: &UpstreamId, registry: &Registry, metrics: &Metrics) -> Arc<Upstream> {
+    let settings = upstream::Settings {
+        id: id.clone(),
+        url: Url::parse(&registry.url()).unwrap(),
+        mirrors: Vec::new(),
+        credentials: None,
+        token_realms: Vec::new(),
+        redirect_hosts: Vec::new(),
+        trusted_networks: Vec::new(),
+        ca_file: None,
+        own_addresses: Vec::new(),
+        user_agent: "oci-remote-cache/test".into(),
+    };
+    Arc::new(Upstream::new(settings, metrics.clone(), Clock::system()).unwrap())
+}
+
+/// What the front door makes of a `Range`.
+fn wish_of(ranges: Option<&RangeHeader>, client: u8) -> Wish {
+    let specs = ranges.map(RangeHeader::specs).unwrap_or_default();
+    let open = |spec: &RangeSpec| matches!(spec, RangeSpec::From { .. });
+    let range = match specs.first() {
+        Some(first) if !specs.iter().any(open) => WishRange::Part(*first),
+        _ => WishRange::Whole,
+    };
+    let client = Ipv4Addr::new(10, 0, 0, client).into();
+    Wish { range, client }
+}
+
+/// How a reader's answer ended.
+#[derive(Debug)]
+enum Seen {
+    /// All of it came, and was right.
+    Complete,
+    /// The reader left.
+    Left,
+    /// It was cut, or refused.
+    Cut(FillError),
+    /// The range does not lie in the blob.
+    Unsatisfiable,
+}
+
+impl Seen {
+    fn is_complete(&self) -> bool {
+        matches!(self, Self::Complete)
+    }
+}
+
+/// One reader, as a client would be.
+#[derive(Clone, Debug)]
+struct Reader {
+    shape: Shape,
+    delay: u64,
+    /// Leaves after this share of its bytes.
+    leaves: Option<u16>,
+    client: u8,
+}
+
+/// What a reader asks for, in shares of the blob.
+#[derive(Clone, Debug)]
+enum Shape {
+    Whole,
+    From(u16),
+    Closed(u16, u16),
+    Suffix(u16),
+    Multi(Vec<(u16, u16)>),
+}
+
+/// `share` of `size`; [`u16::MAX`] is all.
+fn of(share: u16, size: u64) -> u64 {
+    size * u64::from(share) / u64::from(u16::MAX)
+}
+
+impl Shape {
+    fn header(&self, size: u64) -> Option<RangeHeader> {
+        let closed = |a: &u16, b: &u16| {
+            let (a, b) = (of(*a, size), of(*b, size));
+            format!("{}-{}", a.min(b), a.max(b))
+        };
+        let ranges = match self {
+            Self::Whole => return None,
+            Self::From(first) => format!("{}-", of(*first, size)),
+            Self::Closed(a, b) => closed(a, b),
+            Self::Suffix(length) => format!("-{}", of(*length, size)),
+            Self::Multi(parts) => {
+                let parts: Vec<String> = parts.iter().map(|(a, b)| closed(a, b)).collect();
+                parts.join(",")
+            }
+        };
+        RangeHeader::parse(&format!("bytes={ranges}"))
+    }
+
+    fn waits_for_the_verdict(&self) -> bool {
+        matches!(self, Self::Whole | Self::From(_))
+    }
+}
+
+impl Reader {
+    fn whole() -> Self {
+        Self {
+            shape: Shape::Whole,
+            delay: 0,
+            leaves: None,
+            client: 1,
+        }
+    }
+
+    /// Reads as the front door does, comparing each byte. Wrong bytes end the test unless `truth` is what was sent.
+    async fn read(&self, bench: &Bench, blob: &Content, truth: &[u8]) -> Seen {
+        sleep(Duration::from_millis(self.delay)).await;
+        let header = self.shape.header(blob.size());
+        let wish = wish_of(header.as_ref(), self.client);
+        let wanted = Wanted {
+            wish,
+            size_hint: (self.client > 1).then(|| blob.size()),
+            ..bench.proven(blob)
+        };
+        let joined = match bench.fills.find(&wanted).await {
+            Found::Stored(stored) => return self.compare_stored(&stored, header.as_ref(), truth),
+            Found::Lead(joined) | Found::Filling(joined) => joined,
+            Found::Failed(error) => return Seen::Cut(error),
+            Found::ProveFirst => panic!("asked to prove what is proven"),
+        };
+        let open = match joined.open(Deadline::for_answer()).await {
+            Ok(open) => open.expect("an answer in time"),
+            Err(error) => return Seen::Cut(error),
+        };
+        let size = open.size().expect("the registry tells the size");
+        assert_eq!(size, blob.size());
+        let release = match wish.range {
+            WishRange::Whole => Release::Verified,
+            WishRange::Part(_) => Release::Arrived,
+        };
+        let Some(slices) = slices(header.as_ref(), size) else {
+            return Seen::Unsatisfiable;
+        };
+        self.read_slices(open, &slices, (wish, release), truth)
+            .await
+    }
+
+    async fn read_slices(
+        &self,
+        open: Open,
+        slices: &[Slice],
+        (wish, release): (Wish, Release),
+        truth: &[u8],
+    ) -> Seen {
+        let tails: Vec<Tail> = match slices {
+            [only] => vec![open.read(Some(*only), release)],
+            several => {
+                let tail = |slice: &Slice| open.again(wish).read(Some(*slice), Release::Arrived);
+                several.iter().map(tail).collect()
+            }
+        };
+        let all: u64 = slices.iter().map(|slice| slice.len()).sum();
+        let mut patience = self.leaves.map_or(u64::MAX, |share| of(share, all));
+        for (mut tail, slice) in tails.into_iter().zip(slices) {
+            let mut at = slice.start;
+            loop {
+                if patience == 0 {
+                    return Seen::Left;
+                }
+                let bytes = match tail.next().await {
+                    Ok(Some(Part::Span(span))) => span.read().unwrap(),
+                    Ok(Some(Part::Memory(bytes))) => bytes,
+                    Ok(None) => break,
+                    Err(error) => return Seen::Cut(error),
+                };
+                let end = at + bytes.len() as u64;
+                assert!(end <= slice.end, "more than was asked for");
+                assert!(bytes == part(truth, at, end), "wrong bytes from {at}");
+                at = end;
+                patience = patience.saturating_sub(bytes.len() as u64);
+            }
+            assert_eq!(at, slice.end, "complete, and short");
+        }
+        Seen::Complete
+    }
+
+    fn compare_stored(&self, stored: &Blob, header: Option<&RangeHeader>, truth: &[u8]) -> Seen {
+        let Some(slices) = slices(header, stored.size) else {
+            return Seen::Unsatisfiable;
+        };
+        for slice in slices {
+            let bytes = stored.span(slice).read().unwrap();
+            assert!(bytes == part(truth, slice.start, slice.end), "stored wrong");
+        }
+        Seen::Complete
+    }
+}
+
+fn part(truth: &[u8], start: u64, end: u64) -> &[u8] {
+    &truth[usize::try_from(start).unwrap()..usize::try_from(end).unwrap()]
+}
+
+fn slices(header: Option<&RangeHeader>, size: u64) -> Option<Vec<Slice>> {
+    match header.map(|header| header.resolve(size)) {
+        None => Some(vec![Slice {
+            start: 0,
+            end: size,
+        }]),
+        Some(Resolved::Single(slice)) => Some(vec![slice]),
+        Some(Resolved::Multiple(slices)) => Some(slices),
+        Some(Resolved::Unsatisfiable) => None,
+    }
+}
+
+/// All of a fill, to its end.
+async fn read_out(joined: Joined, blob: &Content) -> Result<(), FillError> {
+    let open = joined.open(Deadline::for_answer()).await?.expect("in time");
+    let whole = Slice {
+        start: 0,
+        end: blob.size(),
+    };
+    let seen = Reader::whole()
+        .read_slices(
+            open,
+            &[whole],
+            (wish_of(None, 1), Release::Verified),
+            &blob.data,
+        )
+        .await;
+    match seen {
+        Seen::Complete => Ok(()),
+        Seen::Cut(error) => Err(error),
+        Seen::Left | Seen::Unsatisfiable => panic!("{seen:?}"),
+    }
+}
+
+// Any readers, any faults.
+
+/// What an upstream does wrong with one request.
+#[derive(Clone, Copy, Debug)]
+enum Trouble {
+    Cut(u16),
+    Reset(u16),
+    Unavailable,
+    NoRanges,
+    Drip,
+}
+
+impl Trouble {
+    fn handler(self, blob: &Content) -> Handler {
+        let options = ServeOptions::new();
+        let options = match self {
+            Self::Unavailable => return faults::error(503, "UNAVAILABLE", &[]),
+            Self::Cut(at) => options.stop_at(of(at, blob.size())),
+            Self::Reset(at) => options.reset_at(of(at, blob.size())),
+            Self::NoRanges => options.without_ranges(),
+            Self::Drip => options.rate((blob.size() * 2).max(8 * MIB)),
+        };
+        faults::serve(blob, options)
+    }
+
+    /// Bytes that may be sent in vain because of it.
+    fn cost(self, size: u64) -> u64 {
+        match self {
+            Self::Cut(_) | Self::Unavailable | Self::Drip => 0,
+            Self::Reset(at) => of(at, size),
+            Self::NoRanges => size,
+        }
+    }
+}
+
+fn a_shape() -> impl Strategy<Value = Shape> {
+    prop_oneof![
+        3 => Just(Shape::Whole),
+        2 => any::<u16>().prop_map(Shape::From),
+        2 => any::<(u16, u16)>().prop_map(|(a, b)| Shape::Closed(a, b)),
+        1 => any::<u16>().prop_map(Shape::Suffix),
+        1 => prop::collection::vec(any::<(u16, u16)>(), 2..4).prop_map(Shape::Multi),
+    ]
+}
+
+fn a_reader() -> impl Strategy<Value = Reader> {
+    let leaves = prop::option::weighted(0.3, any::<u16>());
+    (a_shape(), 0_u64..40, leaves, 1_u8..4).prop_map(|(shape, delay, leaves, client)| Reader {
+        shape,
+        delay,
+        leaves,
+        client,
+    })
+}
+
+fn troubles() -> impl Strategy<Value = Vec<Trouble>> {
+    let one = prop_oneof![
+        any::<u16>().prop_map(Trouble::Cut),
+        any::<u16>().prop_map(Trouble::Reset),
+        Just(Trouble::Unavailable),
+        Just(Trouble::NoRanges),
+        Just(Trouble::Drip),
+    ];
+    prop::collection::vec(one, 0..4)
+}
+
+fn cases(cases: u32) -> ProptestConfig {
+    ProptestConfig {
+        cases,
+        max_shrink_iters: 40,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+async fn read_by_all(
+    bench: &Arc<Bench>,
+    blob: &Content,
+    readers: &[Reader],
+    truth: &bytes::Bytes,
+) -> Vec<(Reader, Seen)> {
+    let mut reading = JoinSet::new();
+    for reader in readers.iter().cloned() {
+        let (bench, blob, truth) = (Arc::clone(bench), blob.clone(), truth.clone());
+        reading.spawn(async move {
+            let seen = reader.read(&bench, &blob, &truth).await;
+            (reader, seen)
+        });
+    }
+    let all = timeout(Duration::from_mins(1), reading.join_all());
+    all.await.expect("a reader waits for ever")
+}
+
+async fn any_readers_any_faults(size: u64, readers: Vec<Reader>, troubles: Vec<Trouble>) {
+    let bench = Bench::new().await;
+    let blob = bench.blob(size, "any");
+    let handlers = troubles.iter().map(|trouble| trouble.handler(&blob));
+    bench.registry.script(
+        (Kind::Blob, "GET"),
+        faults::sequence(handlers.chain([faults::usual()]).collect()),
+    );
+    for (reader, seen) in read_by_all(&bench, &blob, &readers, &blob.data).await {
+        match seen {
+            Seen::Complete | Seen::Unsatisfiable => {}
+            Seen::Left => assert!(reader.leaves.is_some()),
+            Seen::Cut(error) => panic!("{reader:?}: {error}"),
+        }
+    }
+    let small = size <= plan::SMALL;
+    let all_asked = readers
+        .iter()
+        .any(|reader| reader.shape.waits_for_the_verdict() && reader.leaves.is_none());
+    if small || all_asked {
+        bench.calm(Duration::from_secs(20)).await;
+        assert_eq!(bench.store.check(&blob.digest).await, Health::Sound);
+        assert_eq!((bench.spooled(), bench.parked()), (0, 0));
+    } else if bench.store.contains(&blob.digest) {
+        assert_eq!(bench.store.check(&blob.digest).await, Health::Sound);
+    }
+    let parts = readers
+        .iter()
+        .filter(|reader| !matches!(reader.shape, Shape::Whole))
+        .count() as u64;
+    let slack = if small { 0 } else { (parts + 1) * IN_SOCKETS };
+    let allowed = size + troubles.iter().map(|t| t.cost(size)).sum::<u64>() + slack;
+    let sent = bench.registry.sent((Kind::Blob, "GET"));
+    assert!(sent <= allowed, "{sent} of {size} bytes were sent");
+    bench.end().await;
+}
+
+async fn wrong_bytes_for_any_readers(size: u64, readers: Vec<Reader>) {
+    let bench = Bench::new().await;
+    let blob = bench.blob(size, "wrong");
+    let wrong = blob.spoiled();
+    let options = ServeOptions::new().data(wrong.clone());
+    bench
+        .registry
+        .script((Kind::Blob, "GET"), faults::serve(&blob, options));
+    for (reader, seen) in read_by_all(&bench, &blob, &readers, &wrong).await {
+        let held = reader.shape.waits_for_the_verdict();
+        assert!(!(held && seen.is_complete()), "{reader:?} got a bad blob");
+    }
+    bench.calm(Duration::from_secs(10)).await;
+    assert!(!bench.store.contains(&blob.digest), "a bad blob is kept");
+    assert_eq!((bench.spooled(), bench.parked()), (0, 0));
+    let gets = bench.gets(&blob);
+    assert!(gets <= 3, "{} readers became {gets} GETs", readers.len());
+    bench.end().await;
+}
+
+proptest! {
+    #![proptest_config(cases(24))]
+
+    /// Whatever the readers and whatever breaks: who completes has the right bytes, the upstream is asked for no more than it must be,
+    /// and the store ends with the blob.
+    #[test]
+    fn readers_of_a_small_blob_get_their_bytes_whatever_breaks(
+        size in prop_oneof![1 => Just(0), 2 => 1_u64..200_000, 5 => 1_u64..3 * MIB],
+        readers in prop::collection::vec(a_reader(), 1..9),
+        troubles in troubles(),
+    ) {
+        runtime().block_on(any_readers_any_faults(size, readers, troubles));
+    }
+
+    /// A wrong blob is completed for nobody who waits for the verdict, kept nowhere, and asked for hardly more than once.
+    #[test]
+    fn wrong_bytes_complete_for_nobody(size in 1_u64..MIB, readers in prop::collection::vec(a_reader(), 1..9)) {
+        runtime().block_on(wrong_bytes_for_any_readers(size, readers));
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(3))]
+
+    /// The same, where several connections may share the blob and far ranges are fetched first.
+    #[test]
+    fn readers_of_a_large_blob_get_their_bytes_whatever_breaks(
+        size in 33 * MIB..44 * MIB,
+        readers in prop::collection::vec(a_reader(), 1..5),
+        troubles in troubles(),
+    ) {
+        runtime().block_on(any_readers_any_faults(size, readers, troubles));
+    }
+}
+
+// The one look.
+
+/// Numbers in an order that a seed decides.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+
+    async fn dawdle(&mut self) {
+        for _ in 0..self.below(12) {
+            yield_now().await;
+        }
+    }
+}
+
+/// What a digest's requests have shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Refusing(u64),
+    Given,
+}
+
+/// Refuses so many times, then gives the blob once; a request after that, or while the blob is stored, is noted as wrong.
+fn once_only(bench: &Bench, blob: &Content, refusals: u64, wrong: &Arc<Mutex<Vec<String>>>) {
+    let stage = Arc::new(Mutex::new(Stage::Refusing(refusals)));
+    let (store, digest, wrong) = (bench.store.clone(), blob.digest, Arc::clone(wrong));
+    let handler = Handler::new(move |mut exchange| {
+        let before = *stage.lock().unwrap();
+        if before == Stage::Given || store.contains(&digest) {
+            wrong.lock().unwrap().push(format!("{digest} came twice"));
+        }
+        let after = match before {
+            Stage::Refusing(left @ 1..) => Stage::Refusing(left - 1),
+            Stage::Refusing(0) | Stage::Given => Stage::Given,
+        };
+        *stage.lock().unwrap() = after;
+        async move {
+            match after {
+                Stage::Given => exchange.pass().await,
+                Stage::Refusing(_) => exchange.error(404, "BLOB_UNKNOWN", &[]).await,
+            }
+        }
+    });
+    let gets = Matcher::blobs().method("GET").of(blob.digest);
+    bench.registry.script(gets, handler);
+}
+
+/// Asks again and again until it has read all of the blob, now and then leaving in between.
+async fn insist(bench: Arc<Bench>, blob: Content, repo: &'static str, mut dice: Dice) {
+    loop {
+        dice.dawdle().await;
+        let wanted = bench.wanted(("up", repo), blob.digest, Standing::Proven);
+        match bench.fills.find(&wanted).await {
+            Found::Stored(stored) => {
+                let all = Slice {
+                    start: 0,
+                    end: stored.size,
+                };
+                assert!(stored.span(all).read().unwrap() == blob.data);
+                return;
+            }
+            Found::Failed(_) => sleep(Duration::from_millis(dice.below(80))).await,
+            Found::Lead(joined) | Found::Filling(joined) => {
+                dice.dawdle().await;
+                if dice.below(4) == 0 {
+                    drop(joined);
+                } else if read_out(joined, &blob).await.is_ok() {
+                    return;
+                }
+            }
+            Found::ProveFirst => panic!("asked to prove what is proven"),
+        }
+    }
+}
+
+/// Many askers in scripted orders, on one thread: each digest is given by the upstream exactly once.
+#[tokio::test]
+async fn no_digest_is_fetched_twice_in_any_order() {
+    let bench = Bench::new().await;
+    let wrong = Arc::new(Mutex::new(Vec::new()));
+    for seed in 1..=24_u64 {
+        let mut asking = JoinSet::new();
+        let mut blobs = Vec::new();
+        for number in 0..3 {
+            let blob = bench.blob(70_000 * number + seed, &format!("{seed}/{number}"));
+            let refusals = (seed + number) % 3;
+            once_only(&bench, &blob, refusals, &wrong);
+            for asker in 0..8 {
+                let repo = if asker % 3 == 0 { "lib/twin" } else { REPO };
+                let dice = Dice(seed * 1_000_003 + number * 101 + asker * 7919);
+                asking.spawn(insist(Arc::clone(&bench), blob.clone(), repo, dice));
+            }
+            blobs.push((blob, refusals));
+        }
+        let all = timeout(Duration::from_secs(30), asking.join_all()).await;
+        assert!(all.is_ok(), "seed {seed}: somebody waits for ever");
+        for (blob, refusals) in blobs {
+            assert_eq!(bench.gets(&blob) as u64, refusals + 1, "seed {seed}");
+        }
+    }
+    assert_eq!(*wrong.lock().unwrap(), Vec::<String>::new());
+    bench.end().await;
+}
+
+/// Who may follow whom, while a fill waits for its answer.
+#[tokio::test]
+async fn only_another_repository_must_prove_itself() {
+    let bench = Bench::new().await;
+    let blob = bench.blob(50_000, "shared");
+    let gate = Gate::new();
+    bench
+        .registry
+        .script(Kind::Blob, faults::held(&gate));
+    let find = async |place, standing| {
+        let wanted = bench.wanted(place, blob.digest, standing);
+        bench.fills.find(&wanted).await
+    };
+    let led = find(("up", REPO), Standing::Unproven).await;
+    let Found::Lead(leader) = led else {
+        panic!("{led:?}")
+    };
+    let same = find(("up", REPO), Standing::Unproven).await;
+    assert!(matches!(same, Found::Filling(_)), "{same:?}");
+    let twin = find(("up", "lib/twin"), Standing::Unproven).await;
+    assert!(matches!(twin, Found::ProveFirst), "{twin:?}");
+    let proven = find(("up", "lib/twin"), Standing::Proven).await;
+    assert!(matches!(proven, Found::Filling(_)), "{proven:?}");
+    let elsewhere = find(("other", REPO), Standing::Proven).await;
+    assert!(matches!(elsewhere, Found::Lead(_)), "{elsewhere:?}");
+
+    let key = Key {
+        upstream: UpstreamId::new("up"),
+        digest: blob.digest,
+    };
+    let source = |repo: &str| Source::new(key.upstream.clone(), repo.parse().unwrap());
+    let looks = |repo, standing| bench.fills.running(&key, &source(repo), standing).is_some();
+    assert!(looks(REPO, Standing::Unproven) && looks("lib/twin", Standing::Proven));
+    assert!(!looks("lib/twin", Standing::Unproven));
+
+    gate.open();
+    read_out(leader, &blob).await.unwrap();
+    bench.calm(Duration::from_secs(10)).await;
+    // Stored now: the proven are given it, whoever is not brings a proof of its own.
+    let stored = find(("up", REPO), Standing::Proven).await;
+    assert!(matches!(stored, Found::Stored(_)), "{stored:?}");
+    let unproven = find(("up", "lib/twin"), Standing::Unproven).await;
+    assert!(matches!(unproven, Found::Lead(_)), "{unproven:?}");
+    drop(unproven);
+    bench.calm(Duration::from_secs(10)).await;
+    assert_eq!(bench.gets(&blob), 3);
+    bench.end().await;
+}
+
+/// A failure is shared for half a second, by the same repository only.
+#[tokio::test]
+async fn a_failure_is_shared_for_a_moment() {
+    let bench = Bench::new().await;
+    let blob = Content::blob(5000, "nowhere");
+    let ask = async |repo| {
+        let wanted = bench.wanted(("up", repo), blob.digest, Standing::Unproven);
+        match bench.fills.find(&wanted).await {
+            Found::Lead(joined) => {
+                let opened = joined.open(Deadline::for_answer()).await;
+                assert!(matches!(opened, Err(FillError::Upstream(_))), "{opened:?}");
+                "asked"
+            }
+            Found::Failed(FillError::Upstream(_)) => "told",
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(ask(REPO).await, "asked");
+    assert_eq!(ask(REPO).await, "told");
+    assert_eq!(ask("lib/twin").await, "asked");
+    assert_eq!(ask("lib/twin").await, "told");
+    assert_eq!(bench.gets(&blob), 2);
+    pass(Duration::from_millis(600)).await;
+    assert_eq!(ask("lib/twin").await, "asked");
+    assert_eq!(bench.gets(&blob), 3);
+    bench.end().await;
+}
+
+/// Who asks while a fill's files are moved waits, and then one of them leads.
+#[tokio::test]
+async fn who_asks_while_a_fill_ends_waits_for_it() {
+    let bench = Bench::new().await;
+    let blob = bench.blob(50_000, "ending");
+    let key = Key {
+        upstream: UpstreamId::new("up"),
+        digest: blob.digest,
+    };
+    let (told, ending) = watch::channel(Progress {
+        phase: Phase::Filling,
+        size: None,
+        spool: None,
+        credential: None,
+        place: 0,
+    });
+    let table = || bench.fills.running.lock().unwrap();
+    table().insert(key.clone(), Slot::Ending(ending));
+    let mut asking = JoinSet::new();
+    for asker in 0..6 {
+        let (bench, wanted) = (Arc::clone(&bench), bench.proven(&blob));
+        asking.spawn(async move {
+            Dice(asker + 1).dawdle().await;
+            bench.fills.find(&wanted).await
+        });
+    }
+    for _ in 0..100 {
+        yield_now().await;
+    }
+    assert!(asking.try_join_next().is_none(), "somebody did not wait");
+    assert_eq!(bench.gets(&blob), 0);
+    table().remove(&key);
+    told.send_modify(|progress| progress.phase = Phase::Failed(FillError::Parked));
+    let found = timeout(Duration::from_secs(5), asking.join_all()).await;
+    let found = found.expect("who waits is told");
+    let led = found.iter().filter(|found| matches!(found, Found::Lead(_)));
+    let followed = found
+        .iter()
+        .filter(|found| matches!(found, Found::Filling(_)));
+    assert_eq!((led.count(), followed.count()), (1, 5));
+    drop(found);
+    bench.calm(Duration::from_secs(5)).await;
+    assert_eq!(bench.gets(&blob), 1);
+    bench.end().await;
+}
+
+/// Lets time pass at once.
+async fn pass(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
+}
+
+/// A client that takes one piece of a large blob and leaves.
+async fn one_piece_read(bench: &Bench, blob: &Content) {
+    let piece = RangeSpec::Closed {
+        first: 24 * MIB,
+        last: 28 * MIB - 1,
+    };
+    let wish = Wish {
+        range: WishRange::Part(piece),
+        client: Ipv4Addr::new(10, 0, 0, 1).into(),
+    };
+    let wanted = Wanted {
+        wish,
+        size_hint: Some(blob.size()),
+        ..bench.proven(blob)
+    };
+    let Found::Lead(joined) = bench.fills.find(&wanted).await else {
+        panic!("somebody leads already")
+    };
+    let open = joined.open(Deadline::for_answer()).await.unwrap().unwrap();
+    let slice = Slice {
+        start: 24 * MIB,
+        end: 28 * MIB,
+    };
+    let seen = Reader::whole()
+        .read_slices(open, &[slice], (wish, Release::Arrived), &blob.data)
+        .await;
+    assert!(seen.is_complete(), "{seen:?}");
+    let sent = bench.registry.sent(Kind::Blob);
+    assert_eq!(sent, 4 * MIB, "more than was asked for");
+}
+
+/// A fill that nobody reads is set aside after half a minute, and its pieces are what the next one begins with.
+#[tokio::test]
+async fn a_fill_that_was_set_aside_is_taken_up_again() {
+    let bench = Bench::new().await;
+    let blob = bench.blob(40 * MIB, "parked");
+    one_piece_read(&bench, &blob).await;
+    pass(Duration::from_secs(15)).await;
+    sleep(Duration::from_millis(50)).await;
+    assert_eq!(bench.parked(), 0, "set aside too early");
+    pass(Duration::from_secs(16)).await;
+    bench.calm(Duration::from_secs(10)).await;
+    assert_eq!((bench.spooled(), bench.parked()), (0, 2));
+
+    let whole = Reader::whole();
+    let read = timeout(
+        Duration::from_secs(20),
+        whole.read(&bench, &blob, &blob.data),
+    );
+    let seen = read.await.expect("who asks for a parked blob is answered");
+    assert!(seen.is_complete(), "{seen:?}");
+    bench.calm(Duration::from_secs(10)).await;
+    assert_eq!(bench.store.check(&blob.digest).await, Health::Sound);
+    assert_eq!((bench.spooled(), bench.parked()), (0, 0));
+    let sent = bench.registry.sent(Kind::Blob);
+    assert!(
+        sent <= blob.size() + blob.size() / 50,
+        "{sent} bytes: the piece was fetched again"
+    );
+    bench.end().await;
+}
+
+/// Askers that come just as a fill is set aside either keep it or wait for its files; no byte comes twice.
+#[tokio::test]
+async fn who_asks_while_a_fill_is_set_aside_loses_nothing() {
+    for seed in 1..=3_u64 {
+        let bench = Bench::new().await;
+        let blob = bench.blob(33 * MIB, "closing");
+        one_piece_read(&bench, &blob).await;
+        let mut asking = JoinSet::new();
+        pass(Duration::from_secs(31)).await;
+        for asker in 0..6 {
+            let (bench, blob) = (Arc::clone(&bench), blob.clone());
+            asking.spawn(async move {
+                let mut dice = Dice(seed * 131 + asker * 17 + 1);
+                for _ in 0..dice.below(4) {
+                    dice.dawdle().await;
+                }
+                Reader::whole().read(&bench, &blob, &blob.data).await
+            });
+        }
+        let all = timeout(Duration::from_secs(20), asking.join_all()).await;
+        for seen in all.expect("somebody waits for ever") {
+            assert!(seen.is_complete(), "seed {seed}: {seen:?}");
+        }
+        bench.calm(Duration::from_secs(10)).await;
+        assert_eq!(bench.store.check(&blob.digest).await, Health::Sound);
+        assert_eq!((bench.spooled(), bench.parked()), (0, 0));
+        let sent = bench.registry.sent(Kind::Blob);
+        assert!(
+            sent <= blob.size() + blob.size() / 50,
+            "seed {seed}: {sent} bytes"
+        );
+        bench.end().await;
+    }
+}
