@@ -13,10 +13,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::admin::Admin;
 use crate::admin::health::{self, Readiness};
 use crate::cache::freshness::Rules;
-use crate::cache::{Cache, Origin};
+use crate::cache::{Cache, Origin, Shown};
 use crate::cli::ls::Row;
 use crate::clock::Clock;
-use crate::config::{Config, UpstreamConfig};
+use crate::config::{Config, Serve, UpstreamConfig};
 use crate::fill::{Connections, Fills};
 use crate::http::dispatch::Registry;
 use crate::http::listen::{BindError, Limits, Listener, connection_limit, raise_open_files, serve};
@@ -246,6 +246,10 @@ fn origins(
                 tag_ttl: upstream.tag_ttl,
                 negative_ttl: upstream.negative_ttl,
             };
+            let shown = match upstream.serve {
+                Serve::All => Shown::All,
+                Serve::Public => Shown::Public,
+            };
             let made = Upstream::new(settings, metrics.clone(), clock.clone());
             let upstream = made.map_err(|error| StartError::Upstream {
                 key: upstream.key.clone(),
@@ -256,6 +260,7 @@ fn origins(
                 Origin {
                     upstream: Arc::new(upstream),
                     rules,
+                    shown,
                 },
             ))
         })

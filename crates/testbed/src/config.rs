@@ -20,6 +20,7 @@ pub struct Upstream {
 #[derive(Debug)]
 pub struct CacheBuilder {
     pub(crate) binary: PathBuf,
+    host: String,
     default_upstream: Option<String>,
     upstreams: Vec<Upstream>,
     top: String,
@@ -101,6 +102,7 @@ impl CacheBuilder {
     pub(crate) fn new(binary: PathBuf) -> Self {
         CacheBuilder {
             binary,
+            host: "127.0.0.1".to_owned(),
             default_upstream: None,
             upstreams: Vec::new(),
             top: String::new(),
@@ -148,6 +150,13 @@ impl CacheBuilder {
         self
     }
 
+    /// Listens on this address in place of 127.0.0.1, at which tests reach it all the same.
+    #[must_use]
+    pub fn listen_on(mut self, host: &str) -> Self {
+        host.clone_into(&mut self.host);
+        self
+    }
+
     /// Any other line outside of a table.
     #[must_use]
     pub fn line(mut self, line: &str) -> Self {
@@ -189,7 +198,8 @@ impl CacheBuilder {
 
     pub(crate) fn text(&self, ports: (u16, u16), cache_dir: &Path) -> String {
         let mut text = format!(
-            "listen = \"127.0.0.1:{}\"\nadmin_listen = \"127.0.0.1:{}\"\ncache_dir = {}\n",
+            "listen = \"{}:{}\"\nadmin_listen = \"127.0.0.1:{}\"\ncache_dir = {}\n",
+            self.host,
             ports.0,
             ports.1,
             quoted(&cache_dir.to_string_lossy())

@@ -39,6 +39,16 @@ pub enum CacheError {
         /// Which repository.
         source_: Source,
     },
+    /// Only the operator's credentials open this repository, and they are not everybody's.
+    #[error(
+        "{source_} is not public. This cache is open to everyone who can reach it, so it serves only what anyone may pull; \
+         serve = \"all\" in [upstreams.\"{}\"] serves all that the credentials open",
+        source_.upstream
+    )]
+    NotPublic {
+        /// Which repository.
+        source_: Source,
+    },
     /// The upstream could not be asked, or answered nonsense.
     #[error(transparent)]
     Upstream(Arc<UpstreamError>),
@@ -113,6 +123,7 @@ impl CacheError {
             Self::Late => true,
             Self::Unknown { .. }
             | Self::Denied { .. }
+            | Self::NotPublic { .. }
             | Self::Fill(_)
             | Self::BadManifest { .. }
             | Self::WrongDigest { .. }

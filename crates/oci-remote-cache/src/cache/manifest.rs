@@ -21,8 +21,8 @@ use crate::store::catalog::{
     Change, Kind, ManifestRecord, Membership, PendingRecord, Proof, TagRecord,
 };
 use crate::store::spool::Verified;
-use crate::upstream::Answer;
 pub use crate::upstream::Method;
+use crate::upstream::{Answer, Resource};
 use crate::verdict::{Verdict, Why};
 
 /// How a manifest is wanted.
@@ -85,6 +85,8 @@ impl Cache {
         wish: &ManifestWish,
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
+        self.enter(grant, Resource::Manifest(reference.clone()), deadline)
+            .await?;
         match reference {
             Reference::Digest(AnyDigest::Known(digest)) => {
                 self.manifest_by_digest(grant, *digest, wish.method, deadline)

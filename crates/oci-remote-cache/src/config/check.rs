@@ -201,6 +201,7 @@ impl Section<'_> {
                 format!("has no url and is not built in{hint}"),
             )
         })?;
+        let credentials = self.child(&["credentials"]).credentials()?;
         Ok(UpstreamConfig {
             key: key.to_owned(),
             url,
@@ -208,8 +209,8 @@ impl Section<'_> {
             library: self.require("library")?,
             tag_ttl: self.require::<Duration>("tag_ttl")?,
             negative_ttl: self.require::<Duration>("negative_ttl")?,
-            credentials: self.child(&["credentials"]).credentials()?,
-            serve: self.serve(),
+            serve: self.serve(credentials.as_ref()),
+            credentials,
             token_realms: self.list("token_realms"),
             redirect_hosts: self.list("redirect_hosts"),
             mirrors: self.list("mirrors"),
@@ -219,11 +220,23 @@ impl Section<'_> {
         })
     }
 
-    fn serve(&self) -> Option<Serve> {
-        match self.find::<String>("serve")?.as_str() {
-            "all" => Some(Serve::All),
-            _ => Some(Serve::Public),
+    /// Without credentials there is nothing that they could open to the wrong people.
+    fn serve(&self, credentials: Option<&CredentialsConfig>) -> Serve {
+        let said: Option<String> = self.find("serve");
+        let all = said.map_or_else(|| !self.is_open(), |said| said == "all");
+        if all || credentials.is_none() {
+            Serve::All
+        } else {
+            Serve::Public
         }
+    }
+
+    /// Whether others than this machine's own users can reach us.
+    fn is_open(&self) -> bool {
+        let listen = self
+            .settings
+            .value::<SocketAddr>(&KeyPath::new(&["listen"]));
+        !listen.is_some_and(|listen| listen.ip().to_canonical().is_loopback())
     }
 
     fn credentials(&self) -> Result<Option<CredentialsConfig>, Problem> {

@@ -83,8 +83,8 @@ pub struct UpstreamConfig {
     pub negative_ttl: Duration,
     /// Who we are there; none is anonymous.
     pub credentials: Option<CredentialsConfig>,
-    /// What may be served of what the credentials open; none leaves it to where we listen.
-    pub serve: Option<Serve>,
+    /// What is served of it; all, where it has no credentials.
+    pub serve: Serve,
     /// `host` or `host:port` that may receive the credentials too.
     pub token_realms: Vec<String>,
     /// `host`, `host:port` or `address/prefix` that it may redirect to.

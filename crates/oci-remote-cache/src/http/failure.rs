@@ -44,7 +44,7 @@ pub fn of_cache(error: &CacheError) -> Problem {
     let message = error.to_string();
     match error {
         CacheError::Unknown { thing, .. } => Problem::not_found(code_of(*thing), message),
-        CacheError::Denied { .. } => Problem::denied(message),
+        CacheError::Denied { .. } | CacheError::NotPublic { .. } => Problem::denied(message),
         CacheError::Upstream(error) => of_upstream(error),
         CacheError::Fill(error) => of_fill(error),
         CacheError::BadManifest {

@@ -26,6 +26,8 @@ mod redirects;
 #[cfg(test)]
 mod routing;
 #[cfg(test)]
+mod serving;
+#[cfg(test)]
 mod stage;
 #[cfg(test)]
 mod start;
