@@ -18,18 +18,21 @@ use crate::cli::ls::Row;
 use crate::clock::Clock;
 use crate::config::{Config, Serve, UpstreamConfig};
 use crate::fill::{Connections, Fills};
-use crate::http::dispatch::Registry;
+use crate::http::dispatch::{Gate, Registry};
+use crate::http::doorman::{Books, Doorman};
 use crate::http::listen::{BindError, Limits, Listener, connection_limit, raise_open_files, serve};
 use crate::metrics::Metrics;
 use crate::names::{CredentialId, Source, UpstreamId};
-use crate::policy::Names;
 use crate::policy::namespace::Entry;
+use crate::policy::rules::RuleError;
+use crate::policy::{Door, Names, Rules as ClientRules};
 use crate::store::catalog::Catalog;
 use crate::store::error::OpenError;
 use crate::store::layout::Layout;
 use crate::store::{Store, StoreSettings};
 use crate::tasks::Tasks;
 use crate::upstream::{Credentials, HostError, Settings, SetupError, Upstream};
+use crate::watched::FileError;
 
 /// How long transfers under way may go on after the process was asked to stop.
 const DRAIN: Duration = Duration::from_secs(25);
@@ -57,6 +60,12 @@ pub enum StartError {
     /// A host or network in the configuration is none.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// A file that is needed cannot be used.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// A rule in the configuration is none.
+    #[error(transparent)]
+    Rule(#[from] RuleError),
     /// The system refused something a process needs.
     #[error("cannot start: {0}")]
     System(#[from] std::io::Error),
@@ -81,6 +90,7 @@ impl App {
         let clients = Listener::bind(config.listen, "listen")?;
         let operators = Listener::bind(config.admin_listen, "admin_listen")?;
         let (metrics, tasks) = (Metrics::new(), Tasks::new());
+        let gate = gate(&config, &tasks)?;
         metrics.max_connections.set(limits.connections as u64);
         let own = [clients.local_addr(), operators.local_addr()];
         let origins = origins(&config, &own, &metrics, &clock)?;
@@ -106,7 +116,7 @@ impl App {
         let readiness: Readiness = Arc::new(move || store.condition().into_iter().collect());
         let admin = Admin::new(metrics.clone(), Arc::clone(&readiness));
         let aside = Box::new(move |path: &str| health::answer(path, &readiness));
-        let registry = Registry::new(cache, names(&config), aside);
+        let registry = Registry::new(cache, names(&config), aside, gate);
         Ok(Self {
             clients,
             operators,
@@ -228,6 +238,23 @@ fn names(config: &Config) -> Names {
     };
     let entries: Vec<Entry> = config.upstreams.iter().map(entry).collect();
     Names::new(&entries, config.default_upstream.as_deref())
+}
+
+fn gate(config: &Config, tasks: &Tasks) -> Result<Gate, StartError> {
+    let clients = &config.clients;
+    let books = Books {
+        htpasswd: clients.htpasswd.clone(),
+        tokens: clients.tokens.clone(),
+    };
+    let door = if clients.are_known() {
+        Door::Kept
+    } else {
+        Door::Open
+    };
+    Ok(Gate {
+        doorman: Doorman::new(&books, tasks.clone())?,
+        rules: ClientRules::new(parsed(&clients.rules)?, door),
+    })
 }
 
 fn origins(

@@ -353,8 +353,8 @@ impl CacheProcess {
                 "the cache ended at its start: {}",
                 self.log_tail()
             );
-            let ping = Request::get("/healthz").timeout(Duration::from_secs(5));
-            if self.send(ping).await.status == 200 {
+            let ping = Request::get("/v2/").timeout(Duration::from_secs(5));
+            if matches!(self.send(ping).await.status, 200 | 401) {
                 return;
             }
             sleep(Duration::from_millis(20)).await;

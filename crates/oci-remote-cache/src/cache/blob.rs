@@ -14,7 +14,7 @@ use crate::fill::tail::Joined;
 pub use crate::fill::tail::{Open, Part as TailPart, Release, Tail};
 use crate::fill::{FillError, Found, Key, Phase, Standing, Wanted};
 pub use crate::fill::{Wish, WishRange};
-use crate::policy::Grant;
+use crate::policy::{Grant, May};
 pub use crate::store::Blob;
 use crate::store::catalog::Kind;
 use crate::upstream::resume::BlobAsk;
@@ -64,6 +64,9 @@ impl Cache {
     ) -> Result<BlobAnswer, CacheError> {
         self.enter(grant, Resource::Blob(digest.clone()), deadline)
             .await?;
+        if grant.may() == May::PullCached {
+            return self.held_blob(grant, digest).await;
+        }
         let digest = match digest {
             AnyDigest::Known(digest) => *digest,
             AnyDigest::Foreign(_) => return self.pass_through(grant, digest, deadline).await,
@@ -141,6 +144,9 @@ impl Cache {
     ) -> Result<BlobHead, CacheError> {
         self.enter(grant, Resource::Blob(digest.clone()), deadline)
             .await?;
+        if grant.may() == May::PullCached {
+            return self.held_blob_head(grant, digest).await;
+        }
         let AnyDigest::Known(known) = *digest else {
             let probe = self
                 .probe(grant.source(), Thing::Blob, digest.clone(), deadline)

@@ -39,6 +39,14 @@ pub enum CacheError {
         /// Which repository.
         source_: Source,
     },
+    /// This client may have only what is held, and this is not.
+    #[error("{source_}: this {} is not held here, and you may pull only what is", thing.as_str())]
+    NotHeld {
+        /// What was asked for.
+        thing: Thing,
+        /// Where.
+        source_: Source,
+    },
     /// Only the operator's credentials open this repository, and they are not everybody's.
     #[error(
         "{source_} is not public. This cache is open to everyone who can reach it, so it serves only what anyone may pull; \
@@ -124,6 +132,7 @@ impl CacheError {
             Self::Unknown { .. }
             | Self::Denied { .. }
             | Self::NotPublic { .. }
+            | Self::NotHeld { .. }
             | Self::Fill(_)
             | Self::BadManifest { .. }
             | Self::WrongDigest { .. }

@@ -18,7 +18,7 @@ use super::single_flight::Role;
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::Source;
-use crate::policy::Grant;
+use crate::policy::{Grant, May};
 use crate::upstream::{Answer, Ask, Fault, Identity, Method, Resource};
 use crate::verdict::Verdict;
 
@@ -106,7 +106,7 @@ impl Listings {
 }
 
 impl List {
-    fn thing(&self) -> Thing {
+    pub(super) fn thing(&self) -> Thing {
         match self {
             Self::Tags(_) => Thing::Tags,
             Self::Referrers { .. } => Thing::Referrers,
@@ -157,6 +157,9 @@ impl Cache {
         deadline: Deadline,
     ) -> Result<(Arc<Listing>, Verdict), CacheError> {
         self.enter(grant, list.shown_by(), deadline).await?;
+        if grant.may() == May::PullCached {
+            return self.held_listing(grant, list);
+        }
         let key = (grant.source().clone(), list);
         let held = self.inner.listings.pages.get(&key);
         let suspended = self.is_suspended(&key.0)?;
@@ -177,7 +180,12 @@ impl Cache {
         }
     }
 
-    fn age(&self, listing: &Listing) -> Duration {
+    /// A page as it came last, however long ago.
+    pub(super) fn known_page(&self, source: &Source, list: List) -> Option<Arc<Listing>> {
+        self.inner.listings.pages.get(&(source.clone(), list))
+    }
+
+    pub(super) fn age(&self, listing: &Listing) -> Duration {
         listing.checked.age(self.inner.clock.now())
     }
 

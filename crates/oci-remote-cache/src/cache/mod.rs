@@ -8,6 +8,7 @@ mod access;
 pub mod blob;
 pub mod error;
 pub mod freshness;
+mod held;
 pub mod listing;
 pub mod manifest;
 mod negative;

@@ -16,7 +16,7 @@ use super::error::{ConfigError, Origin, Problem};
 use super::keys::{KeyPath, nearest};
 use super::settings::Settings;
 use super::value::{SecretSource, Typed};
-use super::{CacheConfig, Config, CredentialsConfig, Serve, UpstreamConfig};
+use super::{CacheConfig, ClientsConfig, Config, CredentialsConfig, Serve, UpstreamConfig};
 use crate::secret::Secret;
 
 /// No password is longer; a file that is was not meant.
@@ -63,6 +63,7 @@ pub(super) fn check(
             max_size: cache.find("max_size"),
             max_blob: cache.find("max_blob"),
         },
+        clients: top.child(&["clients"]).clients()?,
         trusted_networks: top.list("trusted_networks"),
         upstreams,
     })
@@ -214,7 +215,7 @@ impl Section<'_> {
             token_realms: self.list("token_realms"),
             redirect_hosts: self.list("redirect_hosts"),
             mirrors: self.list("mirrors"),
-            ca_file: self.ca_file()?,
+            ca_file: self.file("ca_file")?,
             connections_per_blob: self.require("connections_per_blob")?,
             max_connections: self.require("max_connections")?,
         })
@@ -231,12 +232,38 @@ impl Section<'_> {
         }
     }
 
-    /// Whether others than this machine's own users can reach us.
+    /// Whether others than this machine's own users can reach us without saying who they are.
     fn is_open(&self) -> bool {
         let listen = self
             .settings
             .value::<SocketAddr>(&KeyPath::new(&["listen"]));
-        !listen.is_some_and(|listen| listen.ip().to_canonical().is_loopback())
+        let loopback = listen.is_some_and(|listen| listen.ip().to_canonical().is_loopback());
+        let known = ["htpasswd", "tokens"].into_iter().any(|name| {
+            let path = KeyPath::new(&["clients", name]);
+            self.settings.get(&path).is_some()
+        });
+        !loopback && !known
+    }
+
+    fn clients(&self) -> Result<ClientsConfig, Problem> {
+        let clients = ClientsConfig {
+            htpasswd: self.file("htpasswd")?,
+            tokens: self.file("tokens")?,
+            rules: self.list("rules"),
+        };
+        let named = clients
+            .rules
+            .iter()
+            .find(|rule| !rule.starts_with("anonymous "));
+        match named {
+            Some(rule) if !clients.are_known() => {
+                let what = format!(
+                    "{rule:?} is for clients with a name, and without htpasswd or tokens no client has one"
+                );
+                Err(self.problem("rules", what))
+            }
+            _ => Ok(clients),
+        }
     }
 
     fn credentials(&self) -> Result<Option<CredentialsConfig>, Problem> {
@@ -278,15 +305,16 @@ impl Section<'_> {
         Ok(secret)
     }
 
-    fn ca_file(&self) -> Result<Option<PathBuf>, Problem> {
-        let Some(path) = self.find::<PathBuf>("ca_file") else {
+    /// The file that the key `name` points at, which can be read.
+    fn file(&self, name: &str) -> Result<Option<PathBuf>, Problem> {
+        let Some(path) = self.find::<PathBuf>(name) else {
             return Ok(None);
         };
         match readable(&path) {
             Ok(()) => Ok(Some(path)),
             Err(error) => {
                 let what = format!("cannot read the file {}: {error}", path.display());
-                Err(self.problem("ca_file", what))
+                Err(self.problem(name, what))
             }
         }
     }

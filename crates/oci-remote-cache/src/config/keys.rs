@@ -51,6 +51,8 @@ pub(super) enum Kind {
     HostsOrNetworks,
     /// `address/prefix`.
     Networks,
+    /// `who what where`.
+    Rules,
     /// The user name of a credential.
     Username,
     /// Text that is never shown.
@@ -82,6 +84,10 @@ pub(super) const TABLES: &[(&[&str], &str)] = &[
         "What the process listens on and where it keeps its files.",
     ),
     (&["cache"], "How much is kept."),
+    (
+        &["clients"],
+        "Who may pull. Without `htpasswd` and `tokens` nobody is asked who they are.",
+    ),
     (
         &["upstreams", "*"],
         "One registry. The section's key is the first path segment (`/v2/<key>/<name>/…`) and the `ns` value that lead to it. \
@@ -150,6 +156,31 @@ const ALL: &[Key] = &[
         doc: "The largest blob that is kept; larger ones pass through uncached.",
     },
     Key {
+        path: &["clients", "htpasswd"],
+        kind: Kind::Path,
+        default: Default::Words("none"),
+        example: "\"/etc/oci-remote-cache/htpasswd\"",
+        doc: "File of `name:hash` lines as `htpasswd -B` writes them (bcrypt only). Read again when it changes.",
+    },
+    Key {
+        path: &["clients", "tokens"],
+        kind: Kind::Path,
+        default: Default::Words("none"),
+        example: "\"/etc/oci-remote-cache/tokens\"",
+        doc: "File of `name token` lines. A client shows its token as `Authorization: Bearer`, or as the password of its name. \
+              Read again when it changes.",
+    },
+    Key {
+        path: &["clients", "rules"],
+        kind: Kind::Rules,
+        default: Default::Text(""),
+        example: "[\"ci pull ghcr.io/acme/**\", \"* pull-cached **\", \"anonymous pull docker.io/**\"]",
+        doc: "Who may pull what: `who what where`, read from the front, the first that fits decides, and what fits none is refused. \
+              Who: a client's name, `*` for every client with a name, `anonymous` for those without. What: `pull`, `pull-cached` \
+              (only what is held, without asking the upstream) or `deny`. Where: an upstream's key and a repository; `*` stands for \
+              text without a slash, `**` for any segments. Without rules every client with a name may pull everything.",
+    },
+    Key {
         path: &["upstreams", "*", "url"],
         kind: Kind::Url,
         default: Default::Words("that of the built-in upstream of this name; any other needs one"),
@@ -201,7 +232,9 @@ const ALL: &[Key] = &[
     Key {
         path: &["upstreams", "*", "serve"],
         kind: Kind::Choice(&["public", "all"]),
-        default: Default::Words("`all` on a loopback `listen`, else `public`"),
+        default: Default::Words(
+            "`all` on a loopback `listen` or where clients say who they are, else `public`",
+        ),
         example: "\"public\"",
         doc: "With credentials: whether clients get only what anyone may pull (`public`) or all that the credentials open (`all`). \
               With `public` the credentials buy rate limit and speed only: a repository is served once an anonymous request has shown, \

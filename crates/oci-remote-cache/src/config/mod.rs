@@ -51,6 +51,8 @@ pub struct Config {
     pub log: Option<String>,
     /// How much is kept.
     pub cache: CacheConfig,
+    /// Who may pull.
+    pub clients: ClientsConfig,
     /// `address/prefix` of networks that count as public.
     pub trusted_networks: Vec<String>,
     /// All upstreams, built in or configured, by key.
@@ -64,6 +66,17 @@ pub struct CacheConfig {
     pub max_size: Option<u64>,
     /// Bytes of the largest blob that is kept.
     pub max_blob: Option<u64>,
+}
+
+/// Who may pull.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ClientsConfig {
+    /// Where clients' passwords are.
+    pub htpasswd: Option<PathBuf>,
+    /// Where clients' tokens are.
+    pub tokens: Option<PathBuf>,
+    /// Rules, each legal by itself.
+    pub rules: Vec<String>,
 }
 
 /// One registry.
@@ -115,6 +128,13 @@ pub enum Serve {
     Public,
     /// All that the credentials open.
     All,
+}
+
+impl ClientsConfig {
+    /// Whether clients are asked who they are.
+    pub fn are_known(&self) -> bool {
+        self.htpasswd.is_some() || self.tokens.is_some()
+    }
 }
 
 impl Config {
