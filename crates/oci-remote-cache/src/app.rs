@@ -16,11 +16,13 @@ use crate::cache::freshness::Rules;
 use crate::cache::{Cache, Origin, Shown};
 use crate::cli::ls::Row;
 use crate::clock::Clock;
-use crate::config::{Config, Serve, UpstreamConfig};
+use crate::config::{Config, Serve, TlsConfig, UpstreamConfig};
 use crate::fill::{Connections, Fills};
 use crate::http::dispatch::{Gate, Registry};
 use crate::http::doorman::{Books, Doorman};
-use crate::http::listen::{BindError, Limits, Listener, connection_limit, raise_open_files, serve};
+use crate::http::listen::{
+    BindError, Limits, Listener, Tls, TlsFiles, connection_limit, raise_open_files, serve,
+};
 use crate::metrics::Metrics;
 use crate::names::{CredentialId, Source, UpstreamId};
 use crate::policy::namespace::Entry;
@@ -87,7 +89,8 @@ impl App {
     /// Puts the parts together. Listeners are bound first: when that fails nothing has been written.
     pub async fn start(config: Config, clock: Clock) -> Result<Self, StartError> {
         let limits = Limits::new(connection_limit(raise_open_files()));
-        let clients = Listener::bind(config.listen, "listen")?;
+        let tls = config.tls.as_ref().map(tls).transpose()?;
+        let clients = Listener::bind(config.listen, "listen")?.with_tls(tls);
         let operators = Listener::bind(config.admin_listen, "admin_listen")?;
         let (metrics, tasks) = (Metrics::new(), Tasks::new());
         let gate = gate(&config, &tasks)?;
@@ -240,13 +243,21 @@ fn names(config: &Config) -> Names {
     Names::new(&entries, config.default_upstream.as_deref())
 }
 
+fn tls(config: &TlsConfig) -> Result<Tls, FileError> {
+    Tls::open(&TlsFiles {
+        certificate: config.cert_file.clone(),
+        key: config.key_file.clone(),
+        client_authorities: config.client_ca_file.clone(),
+    })
+}
+
 fn gate(config: &Config, tasks: &Tasks) -> Result<Gate, StartError> {
     let clients = &config.clients;
     let books = Books {
         htpasswd: clients.htpasswd.clone(),
         tokens: clients.tokens.clone(),
     };
-    let door = if clients.are_known() {
+    let door = if config.knows_clients() {
         Door::Kept
     } else {
         Door::Open

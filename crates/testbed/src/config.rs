@@ -21,6 +21,7 @@ pub struct Upstream {
 pub struct CacheBuilder {
     pub(crate) binary: PathBuf,
     host: String,
+    pub(crate) tls: bool,
     default_upstream: Option<String>,
     upstreams: Vec<Upstream>,
     top: String,
@@ -103,6 +104,7 @@ impl CacheBuilder {
         CacheBuilder {
             binary,
             host: "127.0.0.1".to_owned(),
+            tls: false,
             default_upstream: None,
             upstreams: Vec::new(),
             top: String::new(),
@@ -154,6 +156,13 @@ impl CacheBuilder {
     #[must_use]
     pub fn listen_on(mut self, host: &str) -> Self {
         host.clone_into(&mut self.host);
+        self
+    }
+
+    /// Its port speaks TLS, which the test bed does not: it is ready when it takes connections.
+    #[must_use]
+    pub fn tls(mut self) -> Self {
+        self.tls = true;
         self
     }
 

@@ -16,7 +16,9 @@ use super::error::{ConfigError, Origin, Problem};
 use super::keys::{KeyPath, nearest};
 use super::settings::Settings;
 use super::value::{SecretSource, Typed};
-use super::{CacheConfig, ClientsConfig, Config, CredentialsConfig, Serve, UpstreamConfig};
+use super::{
+    CacheConfig, ClientsConfig, Config, CredentialsConfig, Serve, TlsConfig, UpstreamConfig,
+};
 use crate::secret::Secret;
 
 /// No password is longer; a file that is was not meant.
@@ -63,6 +65,7 @@ pub(super) fn check(
             max_size: cache.find("max_size"),
             max_blob: cache.find("max_blob"),
         },
+        tls: top.child(&["tls"]).tls()?,
         clients: top.child(&["clients"]).clients()?,
         trusted_networks: top.list("trusted_networks"),
         upstreams,
@@ -238,11 +241,36 @@ impl Section<'_> {
             .settings
             .value::<SocketAddr>(&KeyPath::new(&["listen"]));
         let loopback = listen.is_some_and(|listen| listen.ip().to_canonical().is_loopback());
-        let known = ["htpasswd", "tokens"].into_iter().any(|name| {
-            let path = KeyPath::new(&["clients", name]);
-            self.settings.get(&path).is_some()
-        });
-        !loopback && !known
+        !loopback && !self.knows_clients()
+    }
+
+    fn knows_clients(&self) -> bool {
+        let keys = [
+            ["clients", "htpasswd"],
+            ["clients", "tokens"],
+            ["tls", "client_ca_file"],
+        ];
+        keys.into_iter()
+            .any(|key| self.settings.get(&KeyPath::new(&key)).is_some())
+    }
+
+    fn tls(&self) -> Result<Option<TlsConfig>, Problem> {
+        let files = (self.file("cert_file")?, self.file("key_file")?);
+        let client_ca_file = self.file("client_ca_file")?;
+        match files {
+            (Some(cert_file), Some(key_file)) => Ok(Some(TlsConfig {
+                cert_file,
+                key_file,
+                client_ca_file,
+            })),
+            (Some(_), None) => Err(self.problem("cert_file", "needs a key_file beside it")),
+            (None, Some(_)) => Err(self.problem("key_file", "needs a cert_file beside it")),
+            (None, None) if client_ca_file.is_some() => Err(self.problem(
+                "client_ca_file",
+                "needs a cert_file and a key_file beside it",
+            )),
+            (None, None) => Ok(None),
+        }
     }
 
     fn clients(&self) -> Result<ClientsConfig, Problem> {
@@ -256,9 +284,9 @@ impl Section<'_> {
             .iter()
             .find(|rule| !rule.starts_with("anonymous "));
         match named {
-            Some(rule) if !clients.are_known() => {
+            Some(rule) if !self.knows_clients() => {
                 let what = format!(
-                    "{rule:?} is for clients with a name, and without htpasswd or tokens no client has one"
+                    "{rule:?} is for clients with a name, and without htpasswd, tokens or tls.client_ca_file no client has one"
                 );
                 Err(self.problem("rules", what))
             }

@@ -85,8 +85,12 @@ pub(super) const TABLES: &[(&[&str], &str)] = &[
     ),
     (&["cache"], "How much is kept."),
     (
+        &["tls"],
+        "TLS for clients, with HTTP/2. Without `cert_file` clients speak plain HTTP.",
+    ),
+    (
         &["clients"],
-        "Who may pull. Without `htpasswd` and `tokens` nobody is asked who they are.",
+        "Who may pull. Without `htpasswd`, `tokens` and `tls.client_ca_file` nobody is asked who they are.",
     ),
     (
         &["upstreams", "*"],
@@ -154,6 +158,28 @@ const ALL: &[Key] = &[
         default: Default::Words("half of `max_size`"),
         example: "\"25GiB\"",
         doc: "The largest blob that is kept; larger ones pass through uncached.",
+    },
+    Key {
+        path: &["tls", "cert_file"],
+        kind: Kind::Path,
+        default: Default::Words("none, which means plain HTTP"),
+        example: "\"/etc/oci-remote-cache/tls.crt\"",
+        doc: "PEM file with our certificate and those between it and its authority. Read again when it changes.",
+    },
+    Key {
+        path: &["tls", "key_file"],
+        kind: Kind::Path,
+        default: Default::Words("none, which means plain HTTP"),
+        example: "\"/etc/oci-remote-cache/tls.key\"",
+        doc: "PEM file with the certificate's key. Read again when it changes.",
+    },
+    Key {
+        path: &["tls", "client_ca_file"],
+        kind: Kind::Path,
+        default: Default::Words("none, which means that clients' certificates are not asked for"),
+        example: "\"/etc/oci-remote-cache/clients-ca.crt\"",
+        doc: "PEM file with authorities for clients' certificates. A client is then `cert:` and its certificate's first DNS name (or the \
+              SHA-256 of a certificate without one); a client without a certificate may still show a password or token.",
     },
     Key {
         path: &["clients", "htpasswd"],

@@ -51,6 +51,8 @@ pub struct Config {
     pub log: Option<String>,
     /// How much is kept.
     pub cache: CacheConfig,
+    /// TLS for clients; none is plain HTTP.
+    pub tls: Option<TlsConfig>,
     /// Who may pull.
     pub clients: ClientsConfig,
     /// `address/prefix` of networks that count as public.
@@ -66,6 +68,17 @@ pub struct CacheConfig {
     pub max_size: Option<u64>,
     /// Bytes of the largest blob that is kept.
     pub max_blob: Option<u64>,
+}
+
+/// TLS for clients, by files in PEM form.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsConfig {
+    /// Our certificate.
+    pub cert_file: PathBuf,
+    /// Its key.
+    pub key_file: PathBuf,
+    /// Authorities for clients' certificates.
+    pub client_ca_file: Option<PathBuf>,
 }
 
 /// Who may pull.
@@ -130,14 +143,16 @@ pub enum Serve {
     All,
 }
 
-impl ClientsConfig {
-    /// Whether clients are asked who they are.
-    pub fn are_known(&self) -> bool {
-        self.htpasswd.is_some() || self.tokens.is_some()
-    }
-}
-
 impl Config {
+    /// Whether clients are asked who they are.
+    pub fn knows_clients(&self) -> bool {
+        let certificates = self
+            .tls
+            .as_ref()
+            .is_some_and(|tls| tls.client_ca_file.is_some());
+        certificates || self.clients.htpasswd.is_some() || self.clients.tokens.is_some()
+    }
+
     /// Reads `sources`, lays them over each other and checks the outcome.
     pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
         let settings = Settings::read(sources)?;

@@ -71,7 +71,7 @@ fn clear(upstream: &UpstreamConfig) -> Option<String> {
 
 /// Credentials behind a door that is open to a network.
 fn open(config: &Config, upstream: &UpstreamConfig) -> Option<String> {
-    let open = !config.listen.ip().to_canonical().is_loopback() && !config.clients.are_known();
+    let open = !config.listen.ip().to_canonical().is_loopback() && !config.knows_clients();
     if upstream.credentials.is_none() || !open {
         return None;
     }

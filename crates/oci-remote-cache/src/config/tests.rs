@@ -155,6 +155,43 @@ fn what_is_served_follows_from_who_can_ask() {
 }
 
 #[test]
+fn what_clients_must_show_arrives_and_must_fit() {
+    let case = Case::file(
+        "clients = { htpasswd = \"c.toml\", rules = [\" ci  pull quay.io/** \", \"anonymous deny **\"] }\n\
+         tls = { cert_file = \"c.toml\", key_file = \"c.toml\" }",
+    );
+    let text = fs::read_to_string(case.path("c.toml")).unwrap();
+    let file = format!("{:?}", case.path("c.toml"));
+    fs::write(case.path("c.toml"), text.replace("\"c.toml\"", &file)).unwrap();
+    let config = Config::load(&case.sources).unwrap();
+    assert!(config.knows_clients() && config.tls.is_some());
+    assert_eq!(
+        config.clients.rules,
+        ["ci pull quay.io/**", "anonymous deny **"]
+    );
+    for (text, why) in [
+        (
+            "clients.rules = [\"ci pull quay.io/**\"]",
+            "no client has one",
+        ),
+        (
+            "clients.rules = [\"ci push quay.io/**\"]",
+            "second word must be",
+        ),
+        (
+            "clients.htpasswd = \"/nonexistent\"",
+            "cannot read the file",
+        ),
+        ("tls.cert_file = \"/dev/null\"", "needs a key_file"),
+        ("tls.key_file = \"/dev/null\"", "needs a cert_file"),
+        ("tls.client_ca_file = \"/dev/null\"", "needs a cert_file"),
+    ] {
+        let error = Case::file(text).error();
+        assert!(error.contains(why), "{text}: {error}");
+    }
+}
+
+#[test]
 fn every_key_of_the_file_arrives() {
     let case = Case::file(
         r#"
@@ -187,15 +224,12 @@ fn every_key_of_the_file_arrives() {
     assert_eq!(config.cache.max_blob, Some(1000));
     let corp = upstream(&config, "corp.example");
     assert_eq!(corp.url.as_str(), "http://corp.example:5000/prefix");
-    assert!(corp.library);
     assert_eq!(corp.tag_ttl, Duration::from_millis(1500));
     assert_eq!(corp.negative_ttl, Duration::ZERO);
     assert_eq!(corp.token_realms, ["auth.example:8443"]);
-    assert_eq!(
-        corp.redirect_hosts,
-        ["cdn.example", "10.0.0.0/8", "s3.example:9000"]
-    );
-    assert_eq!(config.trusted_networks, ["198.18.0.0/15"]);
+    let places = ["cdn.example", "10.0.0.0/8", "s3.example:9000"];
+    let networks = config.trusted_networks == ["198.18.0.0/15"];
+    assert!(corp.redirect_hosts == places && networks && corp.library);
     let credentials = corp.credentials.as_ref().unwrap();
     assert_eq!(credentials.username, "$oauthtoken");
     assert_eq!(credentials.password.expose(), "p");

@@ -309,8 +309,13 @@ mod tests {
         let mut text = String::new();
         for (name, password) in pairs {
             let hash = bcrypt::hash_with_salt(password, 4, [7; 16]).unwrap();
-            text.extend([name, ":", &hash.to_string(), "
-"]);
+            text.extend([
+                name,
+                ":",
+                &hash.to_string(),
+                "
+",
+            ]);
         }
         text
     }

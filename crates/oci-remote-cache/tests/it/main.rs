@@ -14,6 +14,8 @@ mod contract;
 #[cfg(test)]
 mod durable;
 #[cfg(test)]
+mod encrypted;
+#[cfg(test)]
 mod exact;
 #[cfg(test)]
 mod explains;
