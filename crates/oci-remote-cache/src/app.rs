@@ -13,23 +13,28 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::admin::Admin;
 use crate::admin::health::{self, Readiness};
 use crate::cache::freshness::Rules;
-use crate::cache::{Cache, Origin};
+use crate::cache::{Cache, Origin, Shown};
 use crate::cli::ls::Row;
 use crate::clock::Clock;
-use crate::config::{Config, UpstreamConfig};
+use crate::config::{Config, Serve, TlsConfig, UpstreamConfig};
 use crate::fill::{Connections, Fills};
-use crate::http::dispatch::Registry;
-use crate::http::listen::{BindError, Limits, Listener, connection_limit, raise_open_files, serve};
+use crate::http::dispatch::{Gate, Registry};
+use crate::http::doorman::{Books, Doorman};
+use crate::http::listen::{
+    BindError, Limits, Listener, Tls, TlsFiles, connection_limit, raise_open_files, serve,
+};
 use crate::metrics::Metrics;
 use crate::names::{CredentialId, Source, UpstreamId};
-use crate::policy::Names;
 use crate::policy::namespace::Entry;
+use crate::policy::rules::RuleError;
+use crate::policy::{Door, Names, Rules as ClientRules};
 use crate::store::catalog::Catalog;
 use crate::store::error::OpenError;
 use crate::store::layout::Layout;
 use crate::store::{Store, StoreSettings};
 use crate::tasks::Tasks;
 use crate::upstream::{Credentials, HostError, Settings, SetupError, Upstream};
+use crate::watched::FileError;
 
 /// How long transfers under way may go on after the process was asked to stop.
 const DRAIN: Duration = Duration::from_secs(25);
@@ -57,6 +62,12 @@ pub enum StartError {
     /// A host or network in the configuration is none.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// A file that is needed cannot be used.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// A rule in the configuration is none.
+    #[error(transparent)]
+    Rule(#[from] RuleError),
     /// The system refused something a process needs.
     #[error("cannot start: {0}")]
     System(#[from] std::io::Error),
@@ -78,9 +89,11 @@ impl App {
     /// Puts the parts together. Listeners are bound first: when that fails nothing has been written.
     pub async fn start(config: Config, clock: Clock) -> Result<Self, StartError> {
         let limits = Limits::new(connection_limit(raise_open_files()));
-        let clients = Listener::bind(config.listen, "listen")?;
+        let tls = config.tls.as_ref().map(tls).transpose()?;
+        let clients = Listener::bind(config.listen, "listen")?.with_tls(tls);
         let operators = Listener::bind(config.admin_listen, "admin_listen")?;
         let (metrics, tasks) = (Metrics::new(), Tasks::new());
+        let gate = gate(&config, &tasks)?;
         metrics.max_connections.set(limits.connections as u64);
         let own = [clients.local_addr(), operators.local_addr()];
         let origins = origins(&config, &own, &metrics, &clock)?;
@@ -106,7 +119,7 @@ impl App {
         let readiness: Readiness = Arc::new(move || store.condition().into_iter().collect());
         let admin = Admin::new(metrics.clone(), Arc::clone(&readiness));
         let aside = Box::new(move |path: &str| health::answer(path, &readiness));
-        let registry = Registry::new(cache, names(&config), aside);
+        let registry = Registry::new(cache, names(&config), aside, gate);
         Ok(Self {
             clients,
             operators,
@@ -230,6 +243,31 @@ fn names(config: &Config) -> Names {
     Names::new(&entries, config.default_upstream.as_deref())
 }
 
+fn tls(config: &TlsConfig) -> Result<Tls, FileError> {
+    Tls::open(&TlsFiles {
+        certificate: config.cert_file.clone(),
+        key: config.key_file.clone(),
+        client_authorities: config.client_ca_file.clone(),
+    })
+}
+
+fn gate(config: &Config, tasks: &Tasks) -> Result<Gate, StartError> {
+    let clients = &config.clients;
+    let books = Books {
+        htpasswd: clients.htpasswd.clone(),
+        tokens: clients.tokens.clone(),
+    };
+    let door = if config.knows_clients() {
+        Door::Kept
+    } else {
+        Door::Open
+    };
+    Ok(Gate {
+        doorman: Doorman::new(&books, tasks.clone())?,
+        rules: ClientRules::new(parsed(&clients.rules)?, door),
+    })
+}
+
 fn origins(
     config: &Config,
     own: &[SocketAddr],
@@ -246,6 +284,10 @@ fn origins(
                 tag_ttl: upstream.tag_ttl,
                 negative_ttl: upstream.negative_ttl,
             };
+            let shown = match upstream.serve {
+                Serve::All => Shown::All,
+                Serve::Public => Shown::Public,
+            };
             let made = Upstream::new(settings, metrics.clone(), clock.clone());
             let upstream = made.map_err(|error| StartError::Upstream {
                 key: upstream.key.clone(),
@@ -256,6 +298,7 @@ fn origins(
                 Origin {
                     upstream: Arc::new(upstream),
                     rules,
+                    shown,
                 },
             ))
         })

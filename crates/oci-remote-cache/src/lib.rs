@@ -11,6 +11,7 @@ pub mod names;
 pub mod secret;
 pub mod tasks;
 pub mod verdict;
+pub mod watched;
 
 // Floor 1: where bytes can be.
 pub mod store;

@@ -40,6 +40,8 @@ pub enum Why {
     Disk,
     /// The client's `Accept` differs from what the cache keeps.
     Accept,
+    /// The client may have only what is held, so the upstream was not asked.
+    OnlyHeld,
 }
 
 /// Whether a slice was sent before its blob's digest had been checked.
@@ -104,6 +106,7 @@ impl Why {
             Self::TooLarge => "too-large",
             Self::Disk => "disk",
             Self::Accept => "accept",
+            Self::OnlyHeld => "only-held",
         }
     }
 }

@@ -354,7 +354,9 @@ impl CacheProcess {
                 self.log_tail()
             );
             let ping = Request::get("/v2/").timeout(Duration::from_secs(5));
-            if self.send(ping).await.status == 200 {
+            let status = self.send(ping).await.status;
+            // A port that speaks TLS says so in plain HTTP.
+            if matches!(status, 200 | 401) || (self.builder.tls && status == 400) {
                 return;
             }
             sleep(Duration::from_millis(20)).await;

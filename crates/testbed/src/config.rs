@@ -20,6 +20,8 @@ pub struct Upstream {
 #[derive(Debug)]
 pub struct CacheBuilder {
     pub(crate) binary: PathBuf,
+    host: String,
+    pub(crate) tls: bool,
     default_upstream: Option<String>,
     upstreams: Vec<Upstream>,
     top: String,
@@ -101,6 +103,8 @@ impl CacheBuilder {
     pub(crate) fn new(binary: PathBuf) -> Self {
         CacheBuilder {
             binary,
+            host: "127.0.0.1".to_owned(),
+            tls: false,
             default_upstream: None,
             upstreams: Vec::new(),
             top: String::new(),
@@ -148,6 +152,20 @@ impl CacheBuilder {
         self
     }
 
+    /// Listens on this address in place of 127.0.0.1, at which tests reach it all the same.
+    #[must_use]
+    pub fn listen_on(mut self, host: &str) -> Self {
+        host.clone_into(&mut self.host);
+        self
+    }
+
+    /// Its port speaks TLS, which the test bed does not: it is ready when it takes connections.
+    #[must_use]
+    pub fn tls(mut self) -> Self {
+        self.tls = true;
+        self
+    }
+
     /// Any other line outside of a table.
     #[must_use]
     pub fn line(mut self, line: &str) -> Self {
@@ -189,7 +207,8 @@ impl CacheBuilder {
 
     pub(crate) fn text(&self, ports: (u16, u16), cache_dir: &Path) -> String {
         let mut text = format!(
-            "listen = \"127.0.0.1:{}\"\nadmin_listen = \"127.0.0.1:{}\"\ncache_dir = {}\n",
+            "listen = \"{}:{}\"\nadmin_listen = \"127.0.0.1:{}\"\ncache_dir = {}\n",
+            self.host,
             ports.0,
             ports.1,
             quoted(&cache_dir.to_string_lossy())

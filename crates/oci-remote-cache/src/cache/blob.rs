@@ -14,11 +14,11 @@ use crate::fill::tail::Joined;
 pub use crate::fill::tail::{Open, Part as TailPart, Release, Tail};
 use crate::fill::{FillError, Found, Key, Phase, Standing, Wanted};
 pub use crate::fill::{Wish, WishRange};
-use crate::policy::Grant;
+use crate::policy::{Grant, May};
 pub use crate::store::Blob;
 use crate::store::catalog::Kind;
-use crate::upstream::Fault;
 use crate::upstream::resume::BlobAsk;
+use crate::upstream::{Fault, Resource};
 use crate::verdict::{Verdict, Why};
 
 /// Blobs up to this many bytes are answered from memory: 64 KiB.
@@ -62,6 +62,11 @@ impl Cache {
         wish: Wish,
         deadline: Deadline,
     ) -> Result<BlobAnswer, CacheError> {
+        self.enter(grant, Resource::Blob(digest.clone()), deadline)
+            .await?;
+        if grant.may() == May::PullCached {
+            return self.held_blob(grant, digest).await;
+        }
         let digest = match digest {
             AnyDigest::Known(digest) => *digest,
             AnyDigest::Foreign(_) => return self.pass_through(grant, digest, deadline).await,
@@ -137,6 +142,11 @@ impl Cache {
         digest: &AnyDigest,
         deadline: Deadline,
     ) -> Result<BlobHead, CacheError> {
+        self.enter(grant, Resource::Blob(digest.clone()), deadline)
+            .await?;
+        if grant.may() == May::PullCached {
+            return self.held_blob_head(grant, digest).await;
+        }
         let AnyDigest::Known(known) = *digest else {
             let probe = self
                 .probe(grant.source(), Thing::Blob, digest.clone(), deadline)

@@ -39,6 +39,24 @@ pub enum CacheError {
         /// Which repository.
         source_: Source,
     },
+    /// This client may have only what is held, and this is not.
+    #[error("{source_}: this {} is not held here, and you may pull only what is", thing.as_str())]
+    NotHeld {
+        /// What was asked for.
+        thing: Thing,
+        /// Where.
+        source_: Source,
+    },
+    /// Only the operator's credentials open this repository, and they are not everybody's.
+    #[error(
+        "{source_} is not public. This cache is open to everyone who can reach it, so it serves only what anyone may pull; \
+         serve = \"all\" in [upstreams.\"{}\"] serves all that the credentials open",
+        source_.upstream
+    )]
+    NotPublic {
+        /// Which repository.
+        source_: Source,
+    },
     /// The upstream could not be asked, or answered nonsense.
     #[error(transparent)]
     Upstream(Arc<UpstreamError>),
@@ -113,6 +131,8 @@ impl CacheError {
             Self::Late => true,
             Self::Unknown { .. }
             | Self::Denied { .. }
+            | Self::NotPublic { .. }
+            | Self::NotHeld { .. }
             | Self::Fill(_)
             | Self::BadManifest { .. }
             | Self::WrongDigest { .. }

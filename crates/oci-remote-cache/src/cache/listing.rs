@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use oci::{AnyDigest, Page, Route, Target};
+use oci::{AnyDigest, Page, Reference, Route, Target};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache as Memory;
 use serde::Deserialize;
@@ -18,8 +18,8 @@ use super::single_flight::Role;
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::Source;
-use crate::policy::Grant;
-use crate::upstream::{Answer, Ask, Fault, Method, Resource};
+use crate::policy::{Grant, May};
+use crate::upstream::{Answer, Ask, Fault, Identity, Method, Resource};
 use crate::verdict::Verdict;
 
 /// The longest page read from an upstream: 4 MiB.
@@ -106,7 +106,7 @@ impl Listings {
 }
 
 impl List {
-    fn thing(&self) -> Thing {
+    pub(super) fn thing(&self) -> Thing {
         match self {
             Self::Tags(_) => Thing::Tags,
             Self::Referrers { .. } => Thing::Referrers,
@@ -132,6 +132,17 @@ impl List {
         }
     }
 
+    /// What shows that the list may be seen: referrers, which few registries can be asked about, by what they refer to.
+    fn shown_by(&self) -> Resource {
+        match self {
+            Self::Tags(_) => Resource::Tags(Page {
+                n: Some(1),
+                ..Page::default()
+            }),
+            Self::Referrers { digest, .. } => Resource::Manifest(Reference::Digest(digest.clone())),
+        }
+    }
+
     fn name(&self) -> String {
         format!("{self:?}")
     }
@@ -145,6 +156,10 @@ impl Cache {
         list: List,
         deadline: Deadline,
     ) -> Result<(Arc<Listing>, Verdict), CacheError> {
+        self.enter(grant, list.shown_by(), deadline).await?;
+        if grant.may() == May::PullCached {
+            return self.held_listing(grant, list);
+        }
         let key = (grant.source().clone(), list);
         let held = self.inner.listings.pages.get(&key);
         let suspended = self.is_suspended(&key.0)?;
@@ -165,7 +180,12 @@ impl Cache {
         }
     }
 
-    fn age(&self, listing: &Listing) -> Duration {
+    /// A page as it came last, however long ago.
+    pub(super) fn known_page(&self, source: &Source, list: List) -> Option<Arc<Listing>> {
+        self.inner.listings.pages.get(&(source.clone(), list))
+    }
+
+    pub(super) fn age(&self, listing: &Listing) -> Duration {
         listing.checked.age(self.inner.clock.now())
     }
 
@@ -204,6 +224,7 @@ impl Cache {
             range: None,
             accept: None,
             mirror: 0,
+            identity: Identity::Configured,
         };
         let deadline = Deadline::for_answer();
         let upstream = &self.origin(source)?.upstream;

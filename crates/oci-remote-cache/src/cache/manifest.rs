@@ -16,13 +16,13 @@ use super::{Cache, all_of, manifest_ask};
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
-use crate::policy::Grant;
+use crate::policy::{Grant, May};
 use crate::store::catalog::{
     Change, Kind, ManifestRecord, Membership, PendingRecord, Proof, TagRecord,
 };
 use crate::store::spool::Verified;
-use crate::upstream::Answer;
 pub use crate::upstream::Method;
+use crate::upstream::{Answer, Resource};
 use crate::verdict::{Verdict, Why};
 
 /// How a manifest is wanted.
@@ -85,6 +85,11 @@ impl Cache {
         wish: &ManifestWish,
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
+        self.enter(grant, Resource::Manifest(reference.clone()), deadline)
+            .await?;
+        if grant.may() == May::PullCached {
+            return self.held_manifest(grant, reference, wish).await;
+        }
         match reference {
             Reference::Digest(AnyDigest::Known(digest)) => {
                 self.manifest_by_digest(grant, *digest, wish.method, deadline)
@@ -402,7 +407,7 @@ impl Cache {
     }
 
     /// The manifest's bytes, from memory or disk. The caller has the right to them.
-    async fn held(&self, digest: &Digest) -> Option<Held> {
+    pub(super) async fn held(&self, digest: &Digest) -> Option<Held> {
         if let Some(held) = self.inner.manifests.get(digest) {
             self.inner.store.touch(digest);
             return Some(held);

@@ -4,9 +4,11 @@
 //! [`Right`](right::Right), listings ([`listing`]) come and go with their repository's access. Nothing here knows of HTTP. What the
 //! doors need to see of the floors below is named here again.
 
+mod access;
 pub mod blob;
 pub mod error;
 pub mod freshness;
+mod held;
 pub mod listing;
 pub mod manifest;
 mod negative;
@@ -23,6 +25,7 @@ use oci::{AnyDigest, Digest, Reference, RepositoryName, Slice};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache as Memory;
 
+pub use self::access::Shown;
 pub use self::error::{CacheError, Thing};
 pub use crate::fill::FillError;
 pub use crate::upstream::{Fault, UpstreamError};
@@ -30,7 +33,7 @@ pub use crate::upstream::{Fault, UpstreamError};
 use self::freshness::Rules;
 use self::listing::ListingKey;
 use self::manifest::{Fetched, Held};
-use self::negative::Negatives;
+use self::negative::{Negatives, Refused};
 use self::right::Probe;
 use self::single_flight::Flights;
 use crate::clock::Clock;
@@ -40,7 +43,7 @@ use crate::names::{Source, UpstreamId};
 use crate::store::Store;
 use crate::store::error::StoreError;
 use crate::tasks::Tasks;
-use crate::upstream::{Ask, Method, Resource, Upstream};
+use crate::upstream::{Ask, Identity, Method, Resource, Upstream};
 
 /// Manifest bytes kept in memory: 64 MiB.
 const MANIFEST_MEMORY: u64 = 64 << 20;
@@ -58,6 +61,8 @@ pub struct Origin {
     pub upstream: Arc<Upstream>,
     /// How its tags age.
     pub rules: Rules,
+    /// What is served of it.
+    pub shown: Shown,
 }
 
 /// The cache. Clones share everything.
@@ -78,6 +83,8 @@ struct Inner {
     small: Memory<Digest, Bytes, ByLength>,
     sizes: Memory<Digest, u64>,
     negatives: Negatives,
+    not_public: Refused,
+    openings: Flights<(Source, Resource), Result<(), CacheError>>,
     tags: Flights<(Source, oci::Tag, Method), Result<Fetched, CacheError>>,
     digests: Flights<(Source, Digest), Result<Fetched, CacheError>>,
     probes: Flights<(Source, Thing, AnyDigest), Result<Probe, CacheError>>,
@@ -114,6 +121,8 @@ impl Cache {
             small: Memory::with_weighter(4096, SMALL_MEMORY, ByLength),
             sizes: Memory::new(SIZES),
             negatives: Negatives::new(),
+            not_public: Refused::new(),
+            openings: Flights::new(tasks.clone()),
             tags: Flights::new(tasks.clone()),
             digests: Flights::new(tasks.clone()),
             probes: Flights::new(tasks.clone()),
@@ -156,6 +165,7 @@ fn ask(repository: &RepositoryName, resource: Resource, method: Method) -> Ask {
         range: None,
         accept: None,
         mirror: 0,
+        identity: Identity::Configured,
     }
 }
 

@@ -20,10 +20,38 @@ pub(super) enum Refusal {
     Denied,
 }
 
+/// Repositories that were refused, for a while.
+#[derive(Debug)]
+pub(super) struct Refused {
+    known: Memory<Source, Instant>,
+}
+
 /// Remembered refusals.
 #[derive(Debug)]
 pub(super) struct Negatives {
     known: Memory<(Source, Thing, String), (Refusal, Instant)>,
+}
+
+impl Refused {
+    pub(super) fn new() -> Self {
+        Self {
+            known: Memory::new(MOST),
+        }
+    }
+
+    /// Remembers a refusal for `ttl`.
+    pub(super) fn note(&self, source: Source, ttl: Duration) {
+        if !ttl.is_zero() {
+            self.known.insert(source, Instant::now() + ttl);
+        }
+    }
+
+    /// Whether a refusal still holds.
+    pub(super) fn holds(&self, source: &Source) -> bool {
+        self.known
+            .get(source)
+            .is_some_and(|until| until > Instant::now())
+    }
 }
 
 impl Negatives {

@@ -16,7 +16,9 @@ use super::error::{ConfigError, Origin, Problem};
 use super::keys::{KeyPath, nearest};
 use super::settings::Settings;
 use super::value::{SecretSource, Typed};
-use super::{CacheConfig, Config, CredentialsConfig, Serve, UpstreamConfig};
+use super::{
+    CacheConfig, ClientsConfig, Config, CredentialsConfig, Serve, TlsConfig, UpstreamConfig,
+};
 use crate::secret::Secret;
 
 /// No password is longer; a file that is was not meant.
@@ -63,6 +65,8 @@ pub(super) fn check(
             max_size: cache.find("max_size"),
             max_blob: cache.find("max_blob"),
         },
+        tls: top.child(&["tls"]).tls()?,
+        clients: top.child(&["clients"]).clients()?,
         trusted_networks: top.list("trusted_networks"),
         upstreams,
     })
@@ -201,6 +205,7 @@ impl Section<'_> {
                 format!("has no url and is not built in{hint}"),
             )
         })?;
+        let credentials = self.child(&["credentials"]).credentials()?;
         Ok(UpstreamConfig {
             key: key.to_owned(),
             url,
@@ -208,21 +213,84 @@ impl Section<'_> {
             library: self.require("library")?,
             tag_ttl: self.require::<Duration>("tag_ttl")?,
             negative_ttl: self.require::<Duration>("negative_ttl")?,
-            credentials: self.child(&["credentials"]).credentials()?,
-            serve: self.serve(),
+            serve: self.serve(credentials.as_ref()),
+            credentials,
             token_realms: self.list("token_realms"),
             redirect_hosts: self.list("redirect_hosts"),
             mirrors: self.list("mirrors"),
-            ca_file: self.ca_file()?,
+            ca_file: self.file("ca_file")?,
             connections_per_blob: self.require("connections_per_blob")?,
             max_connections: self.require("max_connections")?,
         })
     }
 
-    fn serve(&self) -> Option<Serve> {
-        match self.find::<String>("serve")?.as_str() {
-            "all" => Some(Serve::All),
-            _ => Some(Serve::Public),
+    /// Without credentials there is nothing that they could open to the wrong people.
+    fn serve(&self, credentials: Option<&CredentialsConfig>) -> Serve {
+        let said: Option<String> = self.find("serve");
+        let all = said.map_or_else(|| !self.is_open(), |said| said == "all");
+        if all || credentials.is_none() {
+            Serve::All
+        } else {
+            Serve::Public
+        }
+    }
+
+    /// Whether others than this machine's own users can reach us without saying who they are.
+    fn is_open(&self) -> bool {
+        let listen = self
+            .settings
+            .value::<SocketAddr>(&KeyPath::new(&["listen"]));
+        let loopback = listen.is_some_and(|listen| listen.ip().to_canonical().is_loopback());
+        !loopback && !self.knows_clients()
+    }
+
+    fn knows_clients(&self) -> bool {
+        let keys = [
+            ["clients", "htpasswd"],
+            ["clients", "tokens"],
+            ["tls", "client_ca_file"],
+        ];
+        keys.into_iter()
+            .any(|key| self.settings.get(&KeyPath::new(&key)).is_some())
+    }
+
+    fn tls(&self) -> Result<Option<TlsConfig>, Problem> {
+        let files = (self.file("cert_file")?, self.file("key_file")?);
+        let client_ca_file = self.file("client_ca_file")?;
+        match files {
+            (Some(cert_file), Some(key_file)) => Ok(Some(TlsConfig {
+                cert_file,
+                key_file,
+                client_ca_file,
+            })),
+            (Some(_), None) => Err(self.problem("cert_file", "needs a key_file beside it")),
+            (None, Some(_)) => Err(self.problem("key_file", "needs a cert_file beside it")),
+            (None, None) if client_ca_file.is_some() => Err(self.problem(
+                "client_ca_file",
+                "needs a cert_file and a key_file beside it",
+            )),
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn clients(&self) -> Result<ClientsConfig, Problem> {
+        let clients = ClientsConfig {
+            htpasswd: self.file("htpasswd")?,
+            tokens: self.file("tokens")?,
+            rules: self.list("rules"),
+        };
+        let named = clients
+            .rules
+            .iter()
+            .find(|rule| !rule.starts_with("anonymous "));
+        match named {
+            Some(rule) if !self.knows_clients() => {
+                let what = format!(
+                    "{rule:?} is for clients with a name, and without htpasswd, tokens or tls.client_ca_file no client has one"
+                );
+                Err(self.problem("rules", what))
+            }
+            _ => Ok(clients),
         }
     }
 
@@ -265,15 +333,16 @@ impl Section<'_> {
         Ok(secret)
     }
 
-    fn ca_file(&self) -> Result<Option<PathBuf>, Problem> {
-        let Some(path) = self.find::<PathBuf>("ca_file") else {
+    /// The file that the key `name` points at, which can be read.
+    fn file(&self, name: &str) -> Result<Option<PathBuf>, Problem> {
+        let Some(path) = self.find::<PathBuf>(name) else {
             return Ok(None);
         };
         match readable(&path) {
             Ok(()) => Ok(Some(path)),
             Err(error) => {
                 let what = format!("cannot read the file {}: {error}", path.display());
-                Err(self.problem("ca_file", what))
+                Err(self.problem(name, what))
             }
         }
     }

@@ -51,6 +51,8 @@ pub(super) enum Kind {
     HostsOrNetworks,
     /// `address/prefix`.
     Networks,
+    /// `who what where`.
+    Rules,
     /// The user name of a credential.
     Username,
     /// Text that is never shown.
@@ -73,11 +75,7 @@ pub(super) enum Default {
 pub(super) struct KeyPath(pub(super) Vec<String>);
 
 /// Keys whose features have not landed. They are unknown to every reader and on no page until they are taken out of this list.
-pub(super) const NOT_YET: &[&[&str]] = &[
-    &["trusted_networks"],
-    &["upstreams", "*", "serve"],
-    &["upstreams", "*", "redirect_hosts"],
-];
+pub(super) const NOT_YET: &[&[&str]] = &[];
 
 /// The tables, in the order they are printed, and what they hold.
 pub(super) const TABLES: &[(&[&str], &str)] = &[
@@ -86,6 +84,14 @@ pub(super) const TABLES: &[(&[&str], &str)] = &[
         "What the process listens on and where it keeps its files.",
     ),
     (&["cache"], "How much is kept."),
+    (
+        &["tls"],
+        "TLS for clients, with HTTP/2. Without `cert_file` clients speak plain HTTP.",
+    ),
+    (
+        &["clients"],
+        "Who may pull. Without `htpasswd`, `tokens` and `tls.client_ca_file` nobody is asked who they are.",
+    ),
     (
         &["upstreams", "*"],
         "One registry. The section's key is the first path segment (`/v2/<key>/<name>/…`) and the `ns` value that lead to it. \
@@ -154,6 +160,53 @@ const ALL: &[Key] = &[
         doc: "The largest blob that is kept; larger ones pass through uncached.",
     },
     Key {
+        path: &["tls", "cert_file"],
+        kind: Kind::Path,
+        default: Default::Words("none, which means plain HTTP"),
+        example: "\"/etc/oci-remote-cache/tls.crt\"",
+        doc: "PEM file with our certificate and those between it and its authority. Read again when it changes.",
+    },
+    Key {
+        path: &["tls", "key_file"],
+        kind: Kind::Path,
+        default: Default::Words("none, which means plain HTTP"),
+        example: "\"/etc/oci-remote-cache/tls.key\"",
+        doc: "PEM file with the certificate's key. Read again when it changes.",
+    },
+    Key {
+        path: &["tls", "client_ca_file"],
+        kind: Kind::Path,
+        default: Default::Words("none, which means that clients' certificates are not asked for"),
+        example: "\"/etc/oci-remote-cache/clients-ca.crt\"",
+        doc: "PEM file with authorities for clients' certificates. A client is then `cert:` and its certificate's first DNS name (or the \
+              SHA-256 of a certificate without one); a client without a certificate may still show a password or token.",
+    },
+    Key {
+        path: &["clients", "htpasswd"],
+        kind: Kind::Path,
+        default: Default::Words("none"),
+        example: "\"/etc/oci-remote-cache/htpasswd\"",
+        doc: "File of `name:hash` lines as `htpasswd -B` writes them (bcrypt only). Read again when it changes.",
+    },
+    Key {
+        path: &["clients", "tokens"],
+        kind: Kind::Path,
+        default: Default::Words("none"),
+        example: "\"/etc/oci-remote-cache/tokens\"",
+        doc: "File of `name token` lines. A client shows its token as `Authorization: Bearer`, or as the password of its name. \
+              Read again when it changes.",
+    },
+    Key {
+        path: &["clients", "rules"],
+        kind: Kind::Rules,
+        default: Default::Text(""),
+        example: "[\"ci pull ghcr.io/acme/**\", \"* pull-cached **\", \"anonymous pull docker.io/**\"]",
+        doc: "Who may pull what: `who what where`, read from the front, the first that fits decides, and what fits none is refused. \
+              Who: a client's name, `*` for every client with a name, `anonymous` for those without. What: `pull`, `pull-cached` \
+              (only what is held, without asking the upstream) or `deny`. Where: an upstream's key and a repository; `*` stands for \
+              text without a slash, `**` for any segments. Without rules every client with a name may pull everything.",
+    },
+    Key {
         path: &["upstreams", "*", "url"],
         kind: Kind::Url,
         default: Default::Words("that of the built-in upstream of this name; any other needs one"),
@@ -205,9 +258,13 @@ const ALL: &[Key] = &[
     Key {
         path: &["upstreams", "*", "serve"],
         kind: Kind::Choice(&["public", "all"]),
-        default: Default::Words("`all` on a loopback `listen`, else `public`"),
+        default: Default::Words(
+            "`all` on a loopback `listen` or where clients say who they are, else `public`",
+        ),
         example: "\"public\"",
-        doc: "With credentials: whether clients get only what anyone may pull (`public`) or all that the credentials open (`all`).",
+        doc: "With credentials: whether clients get only what anyone may pull (`public`) or all that the credentials open (`all`). \
+              With `public` the credentials buy rate limit and speed only: a repository is served once an anonymous request has shown, \
+              within a day, that anyone may pull it; any other is refused with 403.",
     },
     Key {
         path: &["upstreams", "*", "token_realms"],

@@ -51,6 +51,10 @@ pub struct Config {
     pub log: Option<String>,
     /// How much is kept.
     pub cache: CacheConfig,
+    /// TLS for clients; none is plain HTTP.
+    pub tls: Option<TlsConfig>,
+    /// Who may pull.
+    pub clients: ClientsConfig,
     /// `address/prefix` of networks that count as public.
     pub trusted_networks: Vec<String>,
     /// All upstreams, built in or configured, by key.
@@ -64,6 +68,28 @@ pub struct CacheConfig {
     pub max_size: Option<u64>,
     /// Bytes of the largest blob that is kept.
     pub max_blob: Option<u64>,
+}
+
+/// TLS for clients, by files in PEM form.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsConfig {
+    /// Our certificate.
+    pub cert_file: PathBuf,
+    /// Its key.
+    pub key_file: PathBuf,
+    /// Authorities for clients' certificates.
+    pub client_ca_file: Option<PathBuf>,
+}
+
+/// Who may pull.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ClientsConfig {
+    /// Where clients' passwords are.
+    pub htpasswd: Option<PathBuf>,
+    /// Where clients' tokens are.
+    pub tokens: Option<PathBuf>,
+    /// Rules, each legal by itself.
+    pub rules: Vec<String>,
 }
 
 /// One registry.
@@ -83,8 +109,8 @@ pub struct UpstreamConfig {
     pub negative_ttl: Duration,
     /// Who we are there; none is anonymous.
     pub credentials: Option<CredentialsConfig>,
-    /// What may be served of what the credentials open; none leaves it to where we listen.
-    pub serve: Option<Serve>,
+    /// What is served of it; all, where it has no credentials.
+    pub serve: Serve,
     /// `host` or `host:port` that may receive the credentials too.
     pub token_realms: Vec<String>,
     /// `host`, `host:port` or `address/prefix` that it may redirect to.
@@ -118,6 +144,15 @@ pub enum Serve {
 }
 
 impl Config {
+    /// Whether clients are asked who they are.
+    pub fn knows_clients(&self) -> bool {
+        let certificates = self
+            .tls
+            .as_ref()
+            .is_some_and(|tls| tls.client_ca_file.is_some());
+        certificates || self.clients.htpasswd.is_some() || self.clients.tokens.is_some()
+    }
+
     /// Reads `sources`, lays them over each other and checks the outcome.
     pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
         let settings = Settings::read(sources)?;

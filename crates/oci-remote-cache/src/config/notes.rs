@@ -13,7 +13,7 @@ use super::error::Origin;
 use super::keys::{KeyPath, keys};
 use super::settings::Settings;
 use super::value::{SecretSource, Typed as _};
-use super::{Config, UpstreamConfig};
+use super::{Config, Serve, UpstreamConfig};
 
 /// What is noteworthy, one line each.
 pub fn notes(config: &Config, settings: &Settings) -> Vec<String> {
@@ -21,7 +21,12 @@ pub fn notes(config: &Config, settings: &Settings) -> Vec<String> {
     let mut notes: Vec<String> = about.into_iter().flatten().collect();
     for upstream in &config.upstreams {
         let key = &upstream.key;
-        let about = [clear(upstream), ca(upstream), shadow(config, upstream)];
+        let about = [
+            clear(upstream),
+            open(config, upstream),
+            ca(upstream),
+            shadow(config, upstream),
+        ];
         let about = about.into_iter().flatten();
         notes.extend(about.map(|note| format!("upstreams.{key}: {note}")));
     }
@@ -62,6 +67,24 @@ fn clear(upstream: &UpstreamConfig) -> Option<String> {
     };
     let clear = upstream.url.scheme() == "http" && upstream.credentials.is_some() && far;
     clear.then(|| "sends its credentials in the clear, since its url is http://".to_owned())
+}
+
+/// Credentials behind a door that is open to a network.
+fn open(config: &Config, upstream: &UpstreamConfig) -> Option<String> {
+    let open = !config.listen.ip().to_canonical().is_loopback() && !config.knows_clients();
+    if upstream.credentials.is_none() || !open {
+        return None;
+    }
+    Some(match upstream.serve {
+        Serve::Public => {
+            "serves only repositories that anyone may pull, since everyone can reach listen; \
+             serve = \"all\" serves all that its credentials open"
+                .to_owned()
+        }
+        Serve::All => {
+            "serves all that its credentials open to everyone who can reach listen".to_owned()
+        }
+    })
 }
 
 fn ca(upstream: &UpstreamConfig) -> Option<String> {

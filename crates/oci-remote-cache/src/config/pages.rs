@@ -80,6 +80,7 @@ fn shape(kind: Kind) -> String {
         Kind::Hosts => "list of `host` or `host:port`",
         Kind::HostsOrNetworks => "list of `host`, `host:port` or `address/prefix`",
         Kind::Networks => "list of `address/prefix`",
+        Kind::Rules => "list of `who what where`",
         Kind::Username => "text",
         Kind::Secret => "secret",
         Kind::Choice(words) => {

@@ -88,7 +88,7 @@ fn shape(kind: Kind) -> Json {
         Kind::Count => json!({ "type": "integer", "minimum": 1, "maximum": 65536 }),
         Kind::Url => url,
         Kind::Urls => json!({ "type": "array", "items": url }),
-        Kind::Names | Kind::Hosts | Kind::HostsOrNetworks | Kind::Networks => list,
+        Kind::Names | Kind::Hosts | Kind::HostsOrNetworks | Kind::Networks | Kind::Rules => list,
         Kind::Secret => json!({ "anyOf": [text, only("file"), only("env")] }),
         Kind::Choice(words) => json!({ "enum": words }),
     }

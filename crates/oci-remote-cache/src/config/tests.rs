@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
+use super::Serve;
 use super::keys::{NOT_YET, all_keys, keys};
 use super::{
     Config, Overrides, Settings, Sources, notes, reference, schema, short_lived, show, template,
@@ -117,10 +118,77 @@ fn built_in_upstreams_know_their_ways() {
     assert_eq!(hub.token_realms, ["auth.docker.io"]);
     assert_eq!(hub.tag_ttl, Duration::from_mins(1));
     assert_eq!(hub.negative_ttl, Duration::from_secs(10));
-    assert!(hub.credentials.is_none() && hub.serve.is_none() && hub.mirrors.is_empty());
+    assert!(hub.credentials.is_none() && hub.mirrors.is_empty());
     assert_eq!((hub.connections_per_blob, hub.max_connections), (8, 64));
     let bintray = upstream(&config, "jfrog-docker-reg2.bintray.io");
     assert_eq!(bintray.url.as_str(), "https://releases-docker.jfrog.io/");
+}
+
+#[test]
+fn what_is_served_follows_from_who_can_ask() {
+    let credentials = "credentials = { username = \"u\", password = \"p\" }";
+    for (listen, lines, served) in [
+        ("[::]:1", credentials.to_owned(), Serve::Public),
+        ("192.0.2.1:1", credentials.to_owned(), Serve::Public),
+        ("127.0.0.1:1", credentials.to_owned(), Serve::All),
+        ("[::1]:1", credentials.to_owned(), Serve::All),
+        ("[::ffff:127.0.0.1]:1", credentials.to_owned(), Serve::All),
+        (
+            "[::]:1",
+            format!("{credentials}\nserve = \"all\""),
+            Serve::All,
+        ),
+        (
+            "127.0.0.1:1",
+            format!("{credentials}\nserve = \"public\""),
+            Serve::Public,
+        ),
+        // Nothing that anyone else could not have.
+        ("[::]:1", "serve = \"public\"".to_owned(), Serve::All),
+    ] {
+        let text = format!("listen = \"{listen}\"\n[upstreams.\"quay.io\"]\n{lines}");
+        let config = Config::load(&Case::file(&text).sources).unwrap();
+        assert_eq!(upstream(&config, "quay.io").serve, served, "{text}");
+    }
+    let error = Case::file("[upstreams.\"quay.io\"]\nserve = \"some\"").error();
+    assert!(error.contains("must be \"public\" or \"all\""), "{error}");
+}
+
+#[test]
+fn what_clients_must_show_arrives_and_must_fit() {
+    let case = Case::file(
+        "clients = { htpasswd = \"c.toml\", rules = [\" ci  pull quay.io/** \", \"anonymous deny **\"] }\n\
+         tls = { cert_file = \"c.toml\", key_file = \"c.toml\" }",
+    );
+    let text = fs::read_to_string(case.path("c.toml")).unwrap();
+    let file = format!("{:?}", case.path("c.toml"));
+    fs::write(case.path("c.toml"), text.replace("\"c.toml\"", &file)).unwrap();
+    let config = Config::load(&case.sources).unwrap();
+    assert!(config.knows_clients() && config.tls.is_some());
+    assert_eq!(
+        config.clients.rules,
+        ["ci pull quay.io/**", "anonymous deny **"]
+    );
+    for (text, why) in [
+        (
+            "clients.rules = [\"ci pull quay.io/**\"]",
+            "no client has one",
+        ),
+        (
+            "clients.rules = [\"ci push quay.io/**\"]",
+            "second word must be",
+        ),
+        (
+            "clients.htpasswd = \"/nonexistent\"",
+            "cannot read the file",
+        ),
+        ("tls.cert_file = \"/dev/null\"", "needs a key_file"),
+        ("tls.key_file = \"/dev/null\"", "needs a cert_file"),
+        ("tls.client_ca_file = \"/dev/null\"", "needs a cert_file"),
+    ] {
+        let error = Case::file(text).error();
+        assert!(error.contains(why), "{text}: {error}");
+    }
 }
 
 #[test]
@@ -132,6 +200,7 @@ fn every_key_of_the_file_arrives() {
         cache_dir = "/var/cache/x"
         default_upstream = "alias.example"
         log = "warn,upstream=debug"
+        trusted_networks = ["198.18.0.0/15"]
         [cache]
         max_size = "50GiB"
         max_blob = 1000
@@ -143,6 +212,7 @@ fn every_key_of_the_file_arrives() {
         negative_ttl = "0s"
         credentials = { username = "$oauthtoken", password = "p" }
         token_realms = ["Auth.Example:8443"]
+        redirect_hosts = ["CDN.example", "10.0.0.0/8", "s3.example:9000"]
         [upstreams."docker.io"]
         tag_ttl = "3600s"
         "#,
@@ -154,10 +224,12 @@ fn every_key_of_the_file_arrives() {
     assert_eq!(config.cache.max_blob, Some(1000));
     let corp = upstream(&config, "corp.example");
     assert_eq!(corp.url.as_str(), "http://corp.example:5000/prefix");
-    assert!(corp.library);
     assert_eq!(corp.tag_ttl, Duration::from_millis(1500));
     assert_eq!(corp.negative_ttl, Duration::ZERO);
     assert_eq!(corp.token_realms, ["auth.example:8443"]);
+    let places = ["cdn.example", "10.0.0.0/8", "s3.example:9000"];
+    let networks = config.trusted_networks == ["198.18.0.0/15"];
+    assert!(corp.redirect_hosts == places && networks && corp.library);
     let credentials = corp.credentials.as_ref().unwrap();
     assert_eq!(credentials.username, "$oauthtoken");
     assert_eq!(credentials.password.expose(), "p");
@@ -739,11 +811,12 @@ fn what_is_noteworthy_is_noted() {
         "upstreams.corp: sends its credentials in the clear",
         "upstreams.corp: repositories of docker.io whose names begin with corp/",
         "upstreams.corp.credentials.password: is written in",
+        "upstreams.corp: serves only repositories that anyone may pull",
     ] {
         assert!(notes.contains(note), "{note}\n{notes}");
     }
     assert!(!notes.contains("hunter2"));
     fs::set_permissions(case.path("c.toml"), fs::Permissions::from_mode(0o600)).unwrap();
-    assert_eq!(case.notes().len(), 3);
+    assert_eq!(case.notes().len(), 4);
     assert!(Case::file("").notes().is_empty());
 }

@@ -13,6 +13,7 @@ use url::Url;
 use super::hosts::{read_host, read_host_or_network, read_name, read_network, read_url};
 use super::keys::Kind;
 use super::units::{duration_text, parse_duration, parse_size, size_text};
+use crate::policy::rules::Rule;
 use crate::secret::Secret;
 
 /// A value as a source wrote it.
@@ -81,7 +82,12 @@ impl Written {
     pub(super) fn from_variable(kind: Kind, text: &str) -> Self {
         let is_list = matches!(
             kind,
-            Kind::Urls | Kind::Names | Kind::Hosts | Kind::HostsOrNetworks | Kind::Networks
+            Kind::Urls
+                | Kind::Names
+                | Kind::Hosts
+                | Kind::HostsOrNetworks
+                | Kind::Networks
+                | Kind::Rules
         );
         if is_list {
             let items = text.split(',').map(str::trim);
@@ -152,6 +158,7 @@ impl Value {
             Kind::Hosts => written.items(read_host).map(Self::Texts),
             Kind::HostsOrNetworks => written.items(read_host_or_network).map(Self::Texts),
             Kind::Networks => written.items(read_network).map(Self::Texts),
+            Kind::Rules => written.items(read_rule).map(Self::Texts),
             Kind::Username => read_username(written.text("a string")?).map(Self::Text),
             Kind::Secret => read_secret(written).map(Self::Secret),
             Kind::Choice(words) => read_choice(words, written.text("a string")?),
@@ -262,6 +269,13 @@ fn read_count(written: &Written) -> Result<usize, String> {
         .and_then(|number| usize::try_from(number).ok())
         .filter(|number| (1..=65_536).contains(number))
         .ok_or_else(|| "must be a whole number from 1 to 65536".to_owned())
+}
+
+fn read_rule(text: &str) -> Result<String, String> {
+    match text.parse::<Rule>() {
+        Ok(rule) => Ok(rule.to_string()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 fn read_username(text: &str) -> Result<String, String> {

@@ -9,6 +9,7 @@ use hyper::{Method, Response};
 use oci::{ErrorCode, NamePath, Route, Target};
 
 use super::body::Body;
+use super::doorman::{Certified, Doorman, unauthorized};
 use super::failure;
 use super::listen::Handler;
 use super::observe::Outcome;
@@ -16,7 +17,7 @@ use super::problem::Problem;
 use super::{blob, listing, manifest};
 use crate::cache::Cache;
 use crate::deadline::Deadline;
-use crate::policy::{Client, Grant, Names, admit};
+use crate::policy::{Client, Door, Grant, Names, Rules, admit};
 use crate::verdict::{Assurance, Verdict};
 
 /// Docker before 1.10 looks for this; nobody minds it.
@@ -36,6 +37,16 @@ pub struct Registry {
     cache: Cache,
     names: Names,
     aside: Aside,
+    gate: Gate,
+}
+
+/// Who may come in, and to what.
+#[derive(Debug)]
+pub struct Gate {
+    /// Finds out who clients are.
+    pub doorman: Doorman,
+    /// Says what they may do.
+    pub rules: Rules,
 }
 
 /// A request for something of a repository that its client may ask for.
@@ -64,11 +75,12 @@ pub struct Answer {
 
 impl Registry {
     /// Answers from `cache`, by `names`; `aside` answers what lies outside the registry's API.
-    pub fn new(cache: Cache, names: Names, aside: Aside) -> Self {
+    pub fn new(cache: Cache, names: Names, aside: Aside, gate: Gate) -> Self {
         Self {
             cache,
             names,
             aside,
+            gate,
         }
     }
 
@@ -79,16 +91,46 @@ impl Registry {
         if let Some(response) = (self.aside)(parts.uri.path()) {
             return with_outcome(response, Outcome::none("health"));
         }
-        match Route::parse(parts.uri.path(), parts.uri.query()) {
-            Ok(route) => self.routed(route, parts, peer).await,
+        let client = match self.client(parts, peer).await {
+            Ok(client) => client,
+            Err(problem) => return refused(problem, "other"),
+        };
+        let name = client.name.clone();
+        let mut response = match Route::parse(parts.uri.path(), parts.uri.query()) {
+            Ok(route) => self.routed(route, parts, (client, peer)).await,
             Err(error) => refused(failure::of_route(&error), "other"),
+        };
+        if let Some(name) = name {
+            // For the access line.
+            response.extensions_mut().insert(name);
         }
+        response
     }
 
-    async fn routed(&self, route: Route, parts: &Parts, peer: SocketAddr) -> Response<Body> {
+    /// Who sends the request. Settled before its path is looked at, so that an unauthorised answer tells nothing.
+    async fn client(&self, parts: &Parts, peer: SocketAddr) -> Result<Client, Problem> {
+        let shown = match parts.extensions.get::<Certified>() {
+            Some(Certified(name)) => Some(name.clone()),
+            None => self.gate.doorman.identify(&parts.headers).await?,
+        };
+        if shown.is_none() && !self.gate.rules.admits_anonymous() {
+            return Err(unauthorized("log in to this cache"));
+        }
+        Ok(Client {
+            address: peer.ip(),
+            name: shown,
+        })
+    }
+
+    async fn routed(
+        &self,
+        route: Route,
+        parts: &Parts,
+        (client, peer): (Client, SocketAddr),
+    ) -> Response<Body> {
         let kind = kind(&route.target);
         let Some(name) = name(&route.target) else {
-            return nameless(&route.target, kind);
+            return self.nameless(&route.target, kind, &client);
         };
         let resolved =
             match self
@@ -98,10 +140,19 @@ impl Registry {
                 Ok(resolved) => resolved,
                 Err(unknown) => return refused(failure::of_name(&unknown), kind),
             };
-        let client = Client { address: peer.ip() };
         let upstream = resolved.upstream.clone();
+        let grant = admit(
+            &self.gate.rules,
+            client,
+            resolved.upstream,
+            resolved.repository,
+        );
+        let grant = match grant {
+            Ok(grant) => grant,
+            Err(refusal) => return refused(failure::of_refusal(refusal), kind),
+        };
         let request = Request {
-            grant: admit(client, resolved.upstream, resolved.repository),
+            grant,
             parts,
             deadline: Deadline::for_answer(),
             cache: &self.cache,
@@ -126,6 +177,25 @@ impl Registry {
             response.headers_mut().insert(OCI_NAMESPACE, namespace);
         }
         response
+    }
+}
+
+impl Registry {
+    /// The two endpoints that name no repository. The catalog leaks names, and Docker Hub has none either.
+    ///
+    /// The ping is where containers/image and Docker learn that they should log in, so it asks for that also where some repositories are
+    /// for everyone: they go on without, if they have nothing to show.
+    fn nameless(&self, target: &Target, kind: &'static str, client: &Client) -> Response<Body> {
+        if !matches!(target, Target::Base) {
+            return refused(
+                Problem::not_found(ErrorCode::Unsupported, "the catalog is not served"),
+                kind,
+            );
+        }
+        if client.name.is_none() && self.gate.rules.door() == Door::Kept {
+            return refused(unauthorized("log in to this cache"), kind);
+        }
+        with_outcome(base(), Outcome::none(kind))
     }
 }
 
@@ -209,17 +279,6 @@ pub fn set(headers: &mut HeaderMap, name: HeaderName, value: &str) {
     if let Ok(value) = HeaderValue::from_str(value) {
         headers.insert(name, value);
     }
-}
-
-/// The two endpoints that name no repository. The catalog leaks names, and Docker Hub has none either.
-fn nameless(target: &Target, kind: &'static str) -> Response<Body> {
-    if matches!(target, Target::Base) {
-        return with_outcome(base(), Outcome::none(kind));
-    }
-    refused(
-        Problem::not_found(ErrorCode::Unsupported, "the catalog is not served"),
-        kind,
-    )
 }
 
 fn base() -> Response<Body> {

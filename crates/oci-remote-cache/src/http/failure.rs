@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use oci::{ErrorCode, ManifestError, RouteError};
 
+use super::doorman;
 use super::problem::{Problem, Status};
 use crate::cache::{CacheError, Fault, FillError, Thing, UpstreamError};
 use crate::names::Source;
-use crate::policy::Unknown;
+use crate::policy::{Refusal, Unknown};
 
 /// What clients are told to wait when nobody told us.
 const SOON: Duration = Duration::from_secs(5);
@@ -39,12 +40,22 @@ pub fn of_name(unknown: &Unknown) -> Problem {
     }
 }
 
+/// The rules say no.
+pub fn of_refusal(refusal: Refusal) -> Problem {
+    match refusal {
+        Refusal::LogIn => doorman::unauthorized(&refusal.to_string()),
+        Refusal::Denied => Problem::denied(refusal.to_string()),
+    }
+}
+
 /// The cache has no answer.
 pub fn of_cache(error: &CacheError) -> Problem {
     let message = error.to_string();
     match error {
-        CacheError::Unknown { thing, .. } => Problem::not_found(code_of(*thing), message),
-        CacheError::Denied { .. } => Problem::denied(message),
+        CacheError::Unknown { thing, .. } | CacheError::NotHeld { thing, .. } => {
+            Problem::not_found(code_of(*thing), message)
+        }
+        CacheError::Denied { .. } | CacheError::NotPublic { .. } => Problem::denied(message),
         CacheError::Upstream(error) => of_upstream(error),
         CacheError::Fill(error) => of_fill(error),
         CacheError::BadManifest {

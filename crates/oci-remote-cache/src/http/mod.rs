@@ -8,6 +8,7 @@ pub mod blob;
 pub mod body;
 pub mod conditional;
 pub mod dispatch;
+pub mod doorman;
 pub mod failure;
 pub mod listen;
 pub mod listing;

@@ -20,6 +20,7 @@ use tracing::{debug, info};
 use super::body::Body;
 use crate::metrics::{Metrics, RequestLabels};
 use crate::names::UpstreamId;
+use crate::policy::ClientName;
 use crate::verdict::{Assurance, Verdict, Why};
 
 /// Longest path and longest user agent in a log line, in characters.
@@ -78,6 +79,8 @@ pub(super) struct Access {
     agent: Option<HeaderValue>,
     peer: SocketAddr,
     arrived: Instant,
+    /// Who the client has shown to be.
+    client: Option<ClientName>,
     answer: Option<Answer>,
     sent: AtomicU64,
     ended: AtomicBool,
@@ -139,6 +142,7 @@ impl Observer {
             agent: request.headers.get(header::USER_AGENT).cloned(),
             peer,
             arrived: Instant::now(),
+            client: None,
             answer: None,
             sent: AtomicU64::new(0),
             ended: AtomicBool::new(false),
@@ -157,6 +161,7 @@ impl Access {
             headers = %ShownHeaders(response.headers()),
             "answer"
         );
+        self.client = response.extensions_mut().remove();
         self.answer = Some(Answer {
             status: response.status(),
             expected: response.body().length(),
@@ -224,6 +229,7 @@ impl Access {
             end = if self.is_complete() { "complete" } else { "cut" },
             broken = self.broken.get(),
             peer = %self.peer,
+            client = self.client.as_ref().map(ClientName::as_str),
             agent = self.agent.as_ref().map(shown_agent),
             "answered"
         );

@@ -6,13 +6,16 @@
 use std::time::Duration;
 
 use hyper::header::{
-    ALLOW, CONNECTION, CONTENT_RANGE, CONTENT_TYPE, HeaderValue, RETRY_AFTER,
+    ALLOW, CONNECTION, CONTENT_RANGE, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE,
     X_CONTENT_TYPE_OPTIONS,
 };
 use hyper::{Response, StatusCode};
 use oci::ErrorCode;
 
 use super::body::Body;
+
+/// How clients are asked who they are: one challenge, one line. containers/image takes it from the ping alone.
+const CHALLENGE: &str = "Basic realm=\"oci-remote-cache\", charset=\"UTF-8\"";
 
 /// Longest message sent; what was asked for may be echoed in it.
 const MESSAGE: usize = 1024;
@@ -183,6 +186,9 @@ impl Problem {
         }
         if self.status == Status::MethodNotAllowed {
             headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        }
+        if self.status == Status::Unauthorized {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static(CHALLENGE));
         }
         if self.close {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));

@@ -4,9 +4,11 @@
 
 pub mod client;
 pub mod namespace;
+pub mod rules;
 
-pub use self::client::Client;
+pub use self::client::{Client, ClientName};
 pub use self::namespace::{Names, Unknown};
+pub use self::rules::{Door, May, Refusal, Rules};
 
 use crate::names::{Source, UpstreamId};
 use oci::RepositoryName;
@@ -16,6 +18,7 @@ use oci::RepositoryName;
 pub struct Grant {
     source: Source,
     client: Client,
+    may: May,
 }
 
 impl Grant {
@@ -28,13 +31,25 @@ impl Grant {
     pub fn client(&self) -> &Client {
         &self.client
     }
+
+    /// What it may do.
+    pub fn may(&self) -> May {
+        self.may
+    }
 }
 
-/// Admits a client to a repository. There are no rules per client yet: whoever can reach the listener may ask for what the configured
-/// upstreams offer.
-pub fn admit(client: Client, upstream: UpstreamId, repository: RepositoryName) -> Grant {
-    Grant {
-        source: Source::new(upstream, repository),
+/// Admits a client to a repository, if the rules allow it.
+pub fn admit(
+    rules: &Rules,
+    client: Client,
+    upstream: UpstreamId,
+    repository: RepositoryName,
+) -> Result<Grant, Refusal> {
+    let source = Source::new(upstream, repository);
+    let may = rules.decide(client.name.as_ref(), &source)?;
+    Ok(Grant {
+        source,
         client,
-    }
+        may,
+    })
 }

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use url::Url;
 
 use super::connect::{Door, Lane};
+use super::credentials::Credentials;
 use super::error::{Failure, Fault};
 use super::exchange::{Call, Reply};
 use super::place::Place;
@@ -55,6 +56,8 @@ pub(super) struct Session<'a> {
     pub(super) door: &'a Door,
     pub(super) ask: &'a Ask,
     pub(super) deadline: Deadline,
+    /// Whom it may speak for, if anyone.
+    credentials: Option<Arc<Credentials>>,
     carried: Carried,
     /// The one new token (or password) of this session was asked for.
     spent: Spent,
@@ -101,6 +104,7 @@ impl<'a> Session<'a> {
             door,
             ask,
             deadline,
+            credentials: place.credentials(ask),
             carried: Carried::Nothing,
             spent: Spent::Nothing,
         }
@@ -110,9 +114,15 @@ impl<'a> Session<'a> {
     pub(super) fn credential(&self) -> CredentialId {
         match &self.carried {
             Carried::Nothing => CredentialId::anonymous(),
-            Carried::Password => self.place.credential(),
+            Carried::Password => self.own_credential(),
             Carried::Token(token) => token.credential().clone(),
         }
+    }
+
+    fn own_credential(&self) -> CredentialId {
+        self.credentials
+            .as_ref()
+            .map_or_else(CredentialId::anonymous, |held| held.id.clone())
     }
 
     /// Picks up what the registry is known to want, before the first send.
@@ -130,7 +140,7 @@ impl<'a> Session<'a> {
                     self.carried = Carried::Token(token);
                 }
             }
-            Some(Challenge::Basic { .. }) if self.place.credentials.is_some() => {
+            Some(Challenge::Basic { .. }) if self.credentials.is_some() => {
                 self.carried = Carried::Password;
             }
             Some(Challenge::Basic { .. } | Challenge::Other { .. }) | None => {}
@@ -213,7 +223,7 @@ impl<'a> Session<'a> {
                 self.carried = Carried::Token(self.token(bearer, scopes).await?);
                 Ok(true)
             }
-            Challenge::Basic { .. } if self.place.credentials.is_some() => {
+            Challenge::Basic { .. } if self.credentials.is_some() => {
                 self.carried = Carried::Password;
                 Ok(true)
             }
@@ -226,7 +236,7 @@ impl<'a> Session<'a> {
         let realm = realm(self.door, base, &bearer.realm)?;
         let shown = credentials::may_see(base, &realm, &self.place.token_realms);
         let wanted = Wanted {
-            credentials: self.place.credentials.clone().filter(|_| shown),
+            credentials: self.credentials.clone().filter(|_| shown),
             service: bearer.service.clone(),
             realm,
             scopes,
@@ -276,7 +286,7 @@ impl<'a> Session<'a> {
     fn authorization(&self) -> Option<Secret> {
         match &self.carried {
             Carried::Nothing => None,
-            Carried::Password => self.place.credentials.as_ref().map(|held| held.basic()),
+            Carried::Password => self.credentials.as_ref().map(|held| held.basic()),
             Carried::Token(token) => Some(token.bearer()),
         }
     }

@@ -21,6 +21,16 @@ pub struct Credentials {
     pub password: Secret,
 }
 
+/// In whose name a registry is asked.
+#[derive(Clone, Debug, Default)]
+pub enum Identity {
+    /// With what the operator configured, where that is anything.
+    #[default]
+    Configured,
+    /// In nobody's: what such an answer shows, anyone may see.
+    Anonymous,
+}
+
 /// User names by which clients say that the password is a refresh token: docker's and Azure's.
 const REFRESH_USERS: [&str; 2] = ["<token>", "00000000-0000-0000-0000-000000000000"];
 

@@ -50,7 +50,7 @@ use crate::names::{CredentialId, UpstreamId};
 
 pub use self::body::{Answer, Body};
 pub use self::connect::install_crypto;
-pub use self::credentials::Credentials;
+pub use self::credentials::{Credentials, Identity};
 pub use self::error::{Fault, SetupError, UpstreamError};
 pub use self::hosts::{HostError, HostOrNetwork, Network, RealmHost};
 pub use self::request::{Ask, Method, Resource};

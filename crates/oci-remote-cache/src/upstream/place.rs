@@ -10,11 +10,12 @@ use url::Url;
 use super::auth::Learned;
 use super::breaker::Breaker;
 use super::connect::Reach;
-use super::credentials::Credentials;
+use super::credentials::{Credentials, Identity};
 use super::error::{Failure, Fault, SetupError};
 use super::exchange::{Reply, Wire};
 use super::hosts::RealmHost;
 use super::rate::{self, Gate};
+use super::request::Ask;
 use super::token::Tokens;
 use crate::metrics::UpstreamLabel;
 use crate::names::CredentialId;
@@ -39,6 +40,14 @@ impl Place {
         self.credentials
             .as_ref()
             .map_or_else(CredentialId::anonymous, |held| held.id.clone())
+    }
+
+    /// What a request may show this place about who it is.
+    pub(super) fn credentials(&self, ask: &Ask) -> Option<Arc<Credentials>> {
+        match ask.identity {
+            Identity::Configured => self.credentials.clone(),
+            Identity::Anonymous => None,
+        }
     }
 
     /// Lets a request pass, unless the place wants to be left alone.

@@ -7,6 +7,7 @@ use oci::{AnyDigest, MANIFEST_ACCEPT, OCI_INDEX, Page, Reference, RepositoryName
 use url::Url;
 
 use super::connect::Lane;
+use super::credentials::Identity;
 use super::exchange::Call;
 
 /// One request to an upstream.
@@ -24,6 +25,8 @@ pub struct Ask {
     pub accept: Option<String>,
     /// Which place to ask: 0 is the upstream's URL, n its nth mirror.
     pub mirror: usize,
+    /// In whose name.
+    pub identity: Identity,
 }
 
 /// What can be asked for.
@@ -189,7 +192,7 @@ mod tests {
     use oci::{Page, Slice};
     use url::Url;
 
-    use super::{Ask, Method, Resource};
+    use super::{Ask, Identity, Method, Resource};
 
     const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
@@ -201,6 +204,7 @@ mod tests {
             range: None,
             accept: None,
             mirror: 0,
+            identity: Identity::Configured,
         }
     }
 

@@ -12,7 +12,7 @@ use futures_util::FutureExt as _;
 use oci::{AnyDigest, RepositoryName, Slice};
 use tokio::time::{Instant, sleep_until};
 
-use super::{Answer, Ask, Body, Fault, Method, Resource, Upstream, UpstreamError};
+use super::{Answer, Ask, Body, Fault, Identity, Method, Resource, Upstream, UpstreamError};
 use crate::deadline::Deadline;
 use crate::names::CredentialId;
 
@@ -63,6 +63,7 @@ impl BlobAsk {
             range,
             accept: None,
             mirror,
+            identity: Identity::Configured,
         }
     }
 

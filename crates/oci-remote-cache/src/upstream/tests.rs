@@ -12,7 +12,9 @@ use testbed::{
 };
 use url::Url;
 
-use super::{Answer, Ask, Credentials, Fault, Method, Resource, Settings, Upstream, UpstreamError};
+use super::{
+    Answer, Ask, Credentials, Fault, Identity, Method, Resource, Settings, Upstream, UpstreamError,
+};
 use crate::clock::Clock;
 use crate::deadline::Deadline;
 use crate::metrics::Metrics;
@@ -92,6 +94,7 @@ fn ask(resource: Resource) -> Ask {
         range: None,
         accept: None,
         mirror: 0,
+        identity: Identity::Configured,
     }
 }
 

@@ -8,9 +8,13 @@ mod archive;
 #[cfg(test)]
 mod cli;
 #[cfg(test)]
+mod clients;
+#[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod durable;
+#[cfg(test)]
+mod encrypted;
 #[cfg(test)]
 mod exact;
 #[cfg(test)]
@@ -29,6 +33,8 @@ mod ranges;
 mod redirects;
 #[cfg(test)]
 mod routing;
+#[cfg(test)]
+mod serving;
 #[cfg(test)]
 mod stage;
 #[cfg(test)]

@@ -43,7 +43,9 @@ pub(super) fn refusal(request: &Parts) -> Option<Problem> {
     if request.method == Method::CONNECT {
         return Some(Problem::method_not_allowed().closing());
     }
-    if request.uri.scheme().is_some() || request.uri.authority().is_some() {
+    // In HTTP/2 both are part of every request (RFC 9113 section 8.3.1).
+    let absolute = request.uri.scheme().is_some() || request.uri.authority().is_some();
+    if absolute && request.version < Version::HTTP_2 {
         return Some(malformed("this is no forward proxy: ask for a path"));
     }
     let hosts = headers.get_all(HOST).iter().count();

@@ -5,6 +5,7 @@
 
 mod hygiene;
 mod socket;
+mod tls;
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -14,8 +15,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hyper::body::Incoming;
+use hyper::header::CONNECTION;
 use hyper::http::request::Parts;
-use hyper::{Request, Response};
+use hyper::{Request, Response, Version};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -30,6 +32,7 @@ use crate::metrics::Metrics;
 use crate::tasks::Tasks;
 use hygiene::{Ending, finish, refusal};
 pub use socket::{BindError, Listener, connection_limit, raise_open_files};
+pub use tls::{Tls, TlsFiles};
 
 /// How long accept rests after it failed: without free descriptors it would fail again at once.
 const ACCEPT_REST: Duration = Duration::from_millis(100);
@@ -71,6 +74,7 @@ struct Server<H> {
     handler: Arc<H>,
     observer: Arc<Observer>,
     patience: Patience,
+    tls: Option<Tls>,
     tasks: Tasks,
     accept_failed: Seldom,
     tls_spoken: Seldom,
@@ -107,18 +111,20 @@ pub async fn serve<H: Handler>(
     metrics: Metrics,
 ) -> io::Result<()> {
     let (what, address) = (listener.what(), listener.local_addr());
+    let tls = listener.tls();
     let socket = listener.into_tokio()?;
     let observer = Observer::new(metrics, handler.audience());
     let server = Arc::new(Server {
         handler,
         observer: Arc::new(observer),
         patience: limits.patience,
+        tls,
         tasks: tasks.clone(),
         accept_failed: Seldom::default(),
         tls_spoken: Seldom::default(),
     });
     let places = Arc::new(Semaphore::new(limits.connections));
-    info!(%address, what, "listening");
+    info!(%address, what, tls = server.tls.is_some(), "listening");
     tokio::select! {
         () = tasks.stopping() => {}
         never = server.accept(&socket, &places) => match never {},
@@ -179,6 +185,29 @@ impl<H: Handler> Server<H> {
         let Some(first) = self.first_byte(&stream).await else {
             return;
         };
+        match &self.tls {
+            Some(_) if first != TLS_HANDSHAKE => {
+                debug!(%peer, "plain HTTP on a TLS port");
+                tls::refuse_plain(stream).await;
+            }
+            Some(tls) => self.encrypted(tls, stream, peer).await,
+            None => self.plain(first, stream, peer).await,
+        }
+    }
+
+    async fn encrypted(self: &Arc<Self>, tls: &Tls, stream: TcpStream, peer: SocketAddr) {
+        let server = Arc::clone(self);
+        let answer = move |request| {
+            let server = Arc::clone(&server);
+            async move { server.answer(request, peer).await }
+        };
+        let ended = tls.serve(stream, self.patience, &self.tasks, answer).await;
+        if let Err(error) = ended {
+            debug!(%peer, error = %Chain(&error), "the connection ended with an error");
+        }
+    }
+
+    async fn plain(&self, first: u8, stream: TcpStream, peer: SocketAddr) {
         if first == TLS_HANDSHAKE && self.tls_spoken.is_due() {
             // Left for hyper to refuse, in plain HTTP: from that Go's clients (containerd among them, for localhost) see that they
             // should speak HTTP.
@@ -214,12 +243,17 @@ impl<H: Handler> Server<H> {
         let ending = Ending::of(&request, &body);
         // hyper takes it as a sign that the body is not wanted, and does not ask the client to send it.
         drop(body);
-        let method = request.method.clone();
+        let (method, version) = (request.method.clone(), request.version);
         let response = match refusal(&request) {
             Some(problem) => problem.into_response(),
             None => self.handler.handle(request, peer).await,
         };
-        access.answered(finish(response, &method, ending))
+        let mut response = finish(response, &method, ending);
+        if version == Version::HTTP_2 {
+            // HTTP/2 has no such header (RFC 9113 section 8.2.2), and its next request begins in a stream of its own.
+            response.headers_mut().remove(CONNECTION);
+        }
+        access.answered(response)
     }
 }
 

@@ -9,6 +9,8 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::warn;
 
+use super::tls::Tls;
+
 /// Connections the kernel holds while the table is full; it cuts the number to its own limit.
 const BACKLOG: i32 = 4096;
 
@@ -27,6 +29,7 @@ pub struct Listener {
     socket: TcpListener,
     address: SocketAddr,
     what: &'static str,
+    tls: Option<Tls>,
 }
 
 /// The address of a configuration key cannot be listened on.
@@ -97,7 +100,19 @@ impl Listener {
             socket,
             address,
             what,
+            tls: None,
         })
+    }
+
+    /// The same, for clients that speak TLS.
+    #[must_use]
+    pub fn with_tls(self, tls: Option<Tls>) -> Self {
+        Self { tls, ..self }
+    }
+
+    /// What it speaks TLS with, if it does.
+    pub(super) fn tls(&self) -> Option<Tls> {
+        self.tls.clone()
     }
 
     /// The address it got: the port is the system's choice where 0 was asked for.

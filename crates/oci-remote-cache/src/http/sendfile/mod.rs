@@ -87,7 +87,7 @@ where
 }
 
 /// hyper's side of a connection. `writev` is what keeps it from copying the zeros; pipelined flushing would copy them too.
-fn http(patience: Patience) -> http1::Builder {
+pub(super) fn http(patience: Patience) -> http1::Builder {
     let mut http = http1::Builder::new();
     http.writev(true)
         .pipeline_flush(false)

@@ -14,7 +14,7 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -76,6 +76,7 @@ struct Remembered {
     rights: Cache<(Source, Digest, Kind), CredentialId>,
     filling: RwLock<()>,
     suspended: Mutex<HashSet<(Source, CredentialId)>>,
+    public: Mutex<HashMap<Source, Timestamp>>,
 }
 
 impl Catalog {
@@ -118,13 +119,14 @@ impl Catalog {
         metrics: &Metrics,
     ) -> Result<Self, StoreError> {
         let readers = Readers::new(place);
-        let suspended = readers
-            .with(read::suspended)
-            .map_err(|error| StoreError::new("read the catalog", path, error))?;
+        let failed = |error| StoreError::new("read the catalog", path, error);
+        let suspended = readers.with(read::suspended).map_err(failed)?;
+        let public = readers.with(read::public).map_err(failed)?;
         let remembered = Remembered {
             rights: Cache::new(RIGHTS_IN_MEMORY),
             filling: RwLock::default(),
             suspended: Mutex::new(suspended),
+            public: Mutex::new(public),
         };
         let inner = Inner {
             path: path.to_owned(),
@@ -257,6 +259,29 @@ impl Catalog {
         suspended.contains(&(source.clone(), credential.clone()))
     }
 
+    /// The upstream showed the repository to nobody in particular (a time), or refused it. Holds at once, and also where it cannot be
+    /// written down.
+    pub async fn record_public(
+        &self,
+        source: &Source,
+        seen: Option<Timestamp>,
+    ) -> Result<(), StoreError> {
+        let change = match seen {
+            Some(at) => Change::Public(source.clone(), at),
+            None if self.public_since(source).is_none() => return Ok(()),
+            None => Change::NotPublic(source.clone()),
+        };
+        self.inner.remembered.apply_access(&change);
+        self.record(vec![change]).await
+    }
+
+    /// When the upstream last showed the repository to nobody in particular, unless it has refused since. From memory.
+    pub fn public_since(&self, source: &Source) -> Option<Timestamp> {
+        let public = &self.inner.remembered.public;
+        let public = public.lock().unwrap_or_else(PoisonError::into_inner);
+        public.get(source).copied()
+    }
+
     /// Under which credential the repository was shown to hold this digest; `None` when that is not known.
     pub fn membership(
         &self,
@@ -315,7 +340,14 @@ impl Remembered {
             .suspended
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        let mut public = self.public.lock().unwrap_or_else(PoisonError::into_inner);
         match change {
+            Change::Public(source, at) => {
+                public.insert(source.clone(), *at);
+            }
+            Change::NotPublic(source) => {
+                public.remove(source);
+            }
             Change::Suspend(source, credential, _) => {
                 suspended.insert((source.clone(), credential.clone()));
             }

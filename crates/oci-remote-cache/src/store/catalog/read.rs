@@ -1,6 +1,6 @@
 //! Reading the catalog beside its writer: a few connections, one indexed look for each question.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::error::Error;
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
@@ -205,6 +205,15 @@ pub(super) fn suspended(db: &Connection) -> rusqlite::Result<HashSet<(Source, Cr
     let rows = list(db, select, |row| {
         let text: String = row.get(2)?;
         Ok((source_of(row)?, credential(&text)))
+    })?;
+    Ok(rows.into_iter().collect())
+}
+
+pub(super) fn public(db: &Connection) -> rusqlite::Result<HashMap<Source, Timestamp>> {
+    let select = "SELECT s.upstream, s.repository, p.at
+        FROM public p JOIN sources s ON s.id = p.source";
+    let rows = list(db, select, |row| {
+        Ok((source_of(row)?, Timestamp(row.get(2)?)))
     })?;
     Ok(rows.into_iter().collect())
 }

@@ -138,4 +138,8 @@ pub enum Change {
     Suspend(Source, CredentialId, Timestamp),
     /// The upstream opened a repository to a credential again.
     Lift(Source, CredentialId),
+    /// The upstream showed a repository to nobody in particular.
+    Public(Source, Timestamp),
+    /// The upstream refused a repository to nobody in particular.
+    NotPublic(Source),
 }

@@ -20,7 +20,8 @@ const APPLICATION_ID: i32 = 0x4f43_4943;
 /// What brings a database from each `user_version` to the next; a new one is brought through all of them.
 ///
 /// Digests are their bytes: 32 are a sha256, 64 a sha512. Times are milliseconds since the epoch. An empty credential is nobody's.
-const MIGRATIONS: [&str; 1] = ["
+const MIGRATIONS: [&str; 2] = [
+    "
     CREATE TABLE blobs (
         digest BLOB PRIMARY KEY,
         size INTEGER NOT NULL,
@@ -78,7 +79,15 @@ const MIGRATIONS: [&str; 1] = ["
         at INTEGER NOT NULL,
         PRIMARY KEY (source, credential)
     ) STRICT, WITHOUT ROWID;
-"];
+",
+    // Repositories that anyone may pull from, and when that was last seen.
+    "
+    CREATE TABLE public (
+        source INTEGER PRIMARY KEY,
+        at INTEGER NOT NULL
+    ) STRICT;
+",
+];
 
 /// How long a connection waits for another process that has the database locked.
 const BUSY: Duration = Duration::from_secs(5);

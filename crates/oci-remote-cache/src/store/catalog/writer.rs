@@ -167,6 +167,17 @@ fn apply(db: &Transaction<'_>, change: &Change, rights: &mut Rights) -> rusqlite
                 params![source, credential.as_str()],
             )
         }
+        Change::Public(source, at) => {
+            let insert = "INSERT INTO public (source, at) VALUES (?1, ?2)
+                ON CONFLICT DO UPDATE SET at = excluded.at";
+            let source = source_id(db, source)?;
+            run(db.prepare_cached(insert)?, params![source, at.0])
+        }
+        Change::NotPublic(source) => {
+            let source = source_id(db, source)?;
+            let delete = "DELETE FROM public WHERE source = ?1";
+            run(db.prepare_cached(delete)?, params![source])
+        }
     }
 }
 

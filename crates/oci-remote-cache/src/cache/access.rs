@@ -1,0 +1,191 @@
+//! Whether anything of a repository may be shown to the one who asks: settled before anyone looks what is held.
+//!
+//! Where the upstream's credentials are not everybody's business, they buy rate limit and speed, and nothing else: a repository is served
+//! once an anonymous request (a HEAD, which Docker Hub does not count) has shown within a day that anyone may pull it. A refusal ends
+//! that at once; an upstream that gives no answer does not.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use oci::Page;
+
+use super::error::{CacheError, Thing};
+use super::{Cache, Origin, ask};
+use crate::clock::Timestamp;
+use crate::deadline::Deadline;
+use crate::names::Source;
+use crate::policy::Grant;
+use crate::upstream::{Ask, Fault, Identity, Method, Resource, UpstreamError};
+
+/// How long it is believed that anyone may pull from a repository.
+const PUBLIC_FOR: Duration = Duration::from_hours(24);
+
+/// What is served of an upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shown {
+    /// All that its credentials, if it has any, open.
+    All,
+    /// Only what anyone may pull there.
+    Public,
+}
+
+impl Cache {
+    /// Lets the request for `resource` in, or says why not. Whoever is let in may still have no right to what is asked for.
+    pub(super) async fn enter(
+        &self,
+        grant: &Grant,
+        resource: Resource,
+        deadline: Deadline,
+    ) -> Result<(), CacheError> {
+        let source = grant.source();
+        match self.origin(source)?.shown {
+            Shown::All => Ok(()),
+            Shown::Public => self.enter_public(source, resource, deadline).await,
+        }
+    }
+
+    async fn enter_public(
+        &self,
+        source: &Source,
+        resource: Resource,
+        deadline: Deadline,
+    ) -> Result<(), CacheError> {
+        let since = self.inner.store.catalog().public_since(source);
+        if since.is_some_and(|since| is_believed(since, self.inner.clock.now())) {
+            return Ok(());
+        }
+        if self.inner.not_public.holds(source) {
+            return Err(not_public(source));
+        }
+        let (cache, from, what) = (self.clone(), source.clone(), resource.clone());
+        let errand = self
+            .inner
+            .openings
+            .run((source.clone(), resource), move || async move {
+                Box::pin(cache.ask_in_nobodys_name(&from, what)).await
+            });
+        let landed = deadline
+            .run(errand)
+            .await
+            .map_err(|_late| CacheError::Late)?;
+        match landed.map_err(|_lost| CacheError::Stopping)?.0 {
+            // It was public when it was last seen, and nobody has said otherwise.
+            Err(error) if since.is_some() && error.is_outage() => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    async fn ask_in_nobodys_name(
+        &self,
+        source: &Source,
+        resource: Resource,
+    ) -> Result<(), CacheError> {
+        let origin = self.origin(source)?;
+        let first = ask(&source.repository, resource.clone(), Method::Head);
+        let asked = match send(origin, first).await {
+            Err(error) if says_nothing_of_rights(&error) => {
+                // This very thing is missing, or HEAD is not known: that says nothing about the repository, but its list of tags does.
+                let tags = Resource::Tags(Page {
+                    n: Some(1),
+                    ..Page::default()
+                });
+                let second = ask(&source.repository, tags, Method::Get);
+                // Where the list is refused or missing too, the first answer is what the client is told.
+                send(origin, second)
+                    .await
+                    .map_err(|second| if denies(&second) { second } else { error })
+            }
+            asked => asked,
+        };
+        self.judge_opening(source, (resource, asked)).await
+    }
+
+    async fn judge_opening(
+        &self,
+        source: &Source,
+        (resource, asked): (Resource, Result<(), UpstreamError>),
+    ) -> Result<(), CacheError> {
+        let error = match asked {
+            Ok(()) => {
+                self.note_public(source, Some(self.inner.clock.now())).await;
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        if denies(&error) {
+            tracing::info!(source = %source, "not served: this repository is not public, and serve is \"public\"");
+            self.note_public(source, None).await;
+            let ttl = self.origin(source)?.rules.negative_ttl;
+            self.inner.not_public.note(source.clone(), ttl);
+            return Err(not_public(source));
+        }
+        if matches!(error.fault(), Fault::NotFound { .. }) {
+            return Err(CacheError::Unknown {
+                thing: thing(&resource),
+                source_: source.clone(),
+            });
+        }
+        Err(CacheError::Upstream(Arc::new(error)))
+    }
+
+    async fn note_public(&self, source: &Source, seen: Option<Timestamp>) {
+        let catalog = self.inner.store.catalog();
+        if let Err(error) = catalog.record_public(source, seen).await {
+            self.store_fault(&error);
+        }
+    }
+}
+
+async fn send(origin: &Origin, ask: Ask) -> Result<(), UpstreamError> {
+    let ask = Ask {
+        identity: Identity::Anonymous,
+        ..ask
+    };
+    let sent = origin.upstream.send(&ask, Deadline::for_answer()).await;
+    sent.map(drop)
+}
+
+/// A time that lies ahead is none: the clock was set back, and what it said then is worth nothing.
+fn is_believed(since: Timestamp, now: Timestamp) -> bool {
+    since <= now && since.age(now) < PUBLIC_FOR
+}
+
+fn denies(error: &UpstreamError) -> bool {
+    matches!(error.fault(), Fault::Denied { .. })
+}
+
+fn says_nothing_of_rights(error: &UpstreamError) -> bool {
+    matches!(
+        error.fault(),
+        Fault::NotFound { .. } | Fault::Status(400..=407 | 409..=499)
+    )
+}
+
+fn not_public(source: &Source) -> CacheError {
+    CacheError::NotPublic {
+        source_: source.clone(),
+    }
+}
+
+fn thing(resource: &Resource) -> Thing {
+    match resource {
+        Resource::Manifest(_) => Thing::Manifest,
+        Resource::Blob(_) => Thing::Blob,
+        Resource::Tags(_) => Thing::Tags,
+        Resource::Referrers { .. } => Thing::Referrers,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proof_lasts_a_day_and_no_clock_lengthens_it() {
+        let day = i64::try_from(PUBLIC_FOR.as_millis()).unwrap();
+        assert!(is_believed(Timestamp(5), Timestamp(5)));
+        assert!(is_believed(Timestamp(5), Timestamp(4 + day)));
+        assert!(!is_believed(Timestamp(5), Timestamp(5 + day)));
+        assert!(!is_believed(Timestamp(5), Timestamp(4)));
+    }
+}

@@ -1,0 +1,142 @@
+//! Answers for clients that may have only what is held: the upstream is not asked about content, and nothing comes in for them.
+
+use std::sync::Arc;
+
+use oci::{AnyDigest, Digest, Reference};
+
+use super::Cache;
+use super::blob::{BlobAnswer, BlobHead};
+use super::error::{CacheError, Thing};
+use super::freshness::{Freshness, Known, judge};
+use super::listing::{List, Listing};
+use super::manifest::{ManifestAnswer, ManifestWish, Method};
+use crate::names::Source;
+use crate::policy::Grant;
+use crate::store::Blob;
+use crate::store::catalog::Kind;
+use crate::verdict::{Verdict, Why};
+
+impl Cache {
+    pub(super) async fn held_blob(
+        &self,
+        grant: &Grant,
+        digest: &AnyDigest,
+    ) -> Result<BlobAnswer, CacheError> {
+        let blob = self.stored_blob(grant, digest).await?;
+        Ok(BlobAnswer::Stored(blob))
+    }
+
+    pub(super) async fn held_blob_head(
+        &self,
+        grant: &Grant,
+        digest: &AnyDigest,
+    ) -> Result<BlobHead, CacheError> {
+        let blob = self.stored_blob(grant, digest).await?;
+        Ok(BlobHead {
+            size: Some(blob.size),
+            verdict: Verdict::Hit,
+        })
+    }
+
+    /// A tag is what the upstream said last; past its age it is served as stale, and says so.
+    pub(super) async fn held_manifest(
+        &self,
+        grant: &Grant,
+        reference: &Reference,
+        wish: &ManifestWish,
+    ) -> Result<ManifestAnswer, CacheError> {
+        let source = grant.source();
+        let none = || not_held(source, Thing::Manifest);
+        let (digest, age, verdict) = match reference {
+            Reference::Digest(AnyDigest::Known(digest)) => (*digest, None, Verdict::Hit),
+            Reference::Digest(AnyDigest::Foreign(_)) => return Err(none()),
+            Reference::Tag(tag) => {
+                let record = self.tag_record(source, tag).ok_or_else(none)?;
+                let known = Known {
+                    checked: record.checked,
+                    suspended: record.suspended,
+                };
+                let now = self.inner.clock.now();
+                let verdict = match judge(self.origin(source)?.rules, Some(known), now) {
+                    Freshness::Fresh(_) => Verdict::Hit,
+                    Freshness::Expired => Verdict::Stale(Why::OnlyHeld),
+                    Freshness::Unknown | Freshness::Suspended => return Err(none()),
+                };
+                (record.digest, Some(record.checked.age(now)), verdict)
+            }
+        };
+        self.has_right(grant, &digest, Kind::Manifest)?;
+        let held = self.held(&digest).await.ok_or_else(none)?;
+        Ok(ManifestAnswer {
+            digest: digest.into(),
+            media_type: held.media_type,
+            size: held.body.len() as u64,
+            body: (wish.method == Method::Get).then_some(held.body),
+            verdict,
+            age,
+        })
+    }
+
+    pub(super) fn held_listing(
+        &self,
+        grant: &Grant,
+        list: List,
+    ) -> Result<(Arc<Listing>, Verdict), CacheError> {
+        let source = grant.source();
+        let thing = list.thing();
+        self.is_open(source)?;
+        let held = self.known_page(source, list);
+        let listing = held.ok_or_else(|| not_held(source, thing))?;
+        let fresh = self.age(&listing) < self.origin(source)?.rules.tag_ttl;
+        let verdict = if fresh {
+            Verdict::Hit
+        } else {
+            Verdict::Stale(Why::OnlyHeld)
+        };
+        Ok((listing, verdict))
+    }
+
+    async fn stored_blob(&self, grant: &Grant, digest: &AnyDigest) -> Result<Blob, CacheError> {
+        let none = || not_held(grant.source(), Thing::Blob);
+        let AnyDigest::Known(digest) = digest else {
+            return Err(none());
+        };
+        self.has_right(grant, digest, Kind::Blob)?;
+        self.inner.store.blob(digest).await.ok_or_else(none)
+    }
+
+    /// Whether the records show that the granted repository holds the digest; nobody else is asked.
+    fn has_right(&self, grant: &Grant, digest: &Digest, kind: Kind) -> Result<(), CacheError> {
+        let source = grant.source();
+        self.is_open(source)?;
+        let thing = match kind {
+            Kind::Blob => Thing::Blob,
+            Kind::Manifest => Thing::Manifest,
+        };
+        let membership = self.inner.store.catalog().membership(source, digest, kind);
+        match membership {
+            Ok(Some(_credential)) => Ok(()),
+            Ok(None) => Err(not_held(source, thing)),
+            Err(error) => {
+                self.store_fault(&error);
+                Err(not_held(source, thing))
+            }
+        }
+    }
+
+    fn is_open(&self, source: &Source) -> Result<(), CacheError> {
+        if self.is_suspended(source)? {
+            return Err(CacheError::Denied {
+                source_: source.clone(),
+            });
+        }
+        Ok(())
+    }
+}
+
+fn not_held(source: &Source, thing: Thing) -> CacheError {
+    CacheError::NotHeld {
+        thing,
+        source_: source.clone(),
+    }
+}
