@@ -18,6 +18,7 @@ for package in podman docker.io containerd; do say "$package $(sid_version "$pac
 MODERN_REPO=modern/app
 HUB_IMAGE=${LIBRARY_REPO#library/}:v1
 MIB=1048576
+LIMIT=100 # seconds for one command of a client
 
 # In place of the suite's own: what clients of docker.io ask, and an upstream that is slow on each connection.
 cache_config() { # CACHE_DIR
@@ -120,7 +121,7 @@ TOML
 }
 
 podman5() { # STORE ARGS...
-  PODMAN_IGNORE_CGROUPSV1_WARNING=1 CONTAINERS_STORAGE_CONF=$1.conf TMPDIR=$1 in_sid podman "${@:2}"
+  PODMAN_IGNORE_CGROUPSV1_WARNING=1 CONTAINERS_STORAGE_CONF=$1.conf TMPDIR=$1 in_sid timeout --foreground "$LIMIT" podman "${@:2}"
 }
 podman_pull() { podman5 "$1" pull -q --tls-verify=false "$2"; } # STORE IMAGE
 
@@ -220,7 +221,9 @@ fetches_at_most() { # WHAT LIMIT COMMAND...
   at_most "$what: bytes from upstream, in $requests requests" "$moved" "$limit"
 }
 
-copy_whole() { skopeo copy -q --src-tls-verify=false "docker://$(cached_image "$1")" "dir:$(new_store)"; } # TAG
+copy_whole() { # TAG
+  timeout --foreground "$LIMIT" skopeo copy -q --src-tls-verify=false "docker://$(cached_image "$1")" "dir:$(new_store)"
+}
 
 with_podman() {
   local stores=() tag
@@ -308,7 +311,7 @@ TOML
   tail -n 20 "$E2E_WORK/containerd.log"
   return 1
 }
-ctr2() { in_sid ctr -a "$CONTAINERD_SOCKET" "$@"; }
+ctr2() { in_sid timeout --foreground "$LIMIT" ctr -a "$CONTAINERD_SOCKET" "$@"; }
 ctr2_pull() { ctr2 images pull --hosts-dir "$E2E_WORK/hosts" --snapshotter native "$1"; } # IMAGE
 ctr2_digest() { ctr2 images ls "name==$1" | awk 'NR == 2 { print $3 }'; }              # IMAGE
 
@@ -376,7 +379,7 @@ dockerd28_start() { # classic|containerd: with a new store
   tail -n 20 "$E2E_WORK/dockerd28.log"
   return 1
 }
-docker28() { in_sid docker -H "unix://$DOCKER_SOCKET" "$@"; }
+docker28() { in_sid timeout --foreground "$LIMIT" docker -H "unix://$DOCKER_SOCKET" "$@"; }
 docker28_has_index_digest() {
   docker28 image inspect --format '{{join .RepoDigests "\n"}}' "$HUB_IMAGE" | grep -F "@$(index_digest v1)"
 }

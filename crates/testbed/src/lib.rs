@@ -34,6 +34,7 @@ pub mod image;
 pub mod log;
 pub mod registry;
 pub mod script;
+pub mod tls;
 pub mod token;
 pub mod wire;
 
@@ -49,6 +50,7 @@ pub use image::{Content, Image, ImageSpec, MultiImage};
 pub use log::{Entry, Headers, Kind};
 pub use registry::Registry;
 pub use script::{Gate, Handler, Matcher};
+pub use tls::TlsFront;
 pub use token::{Auth, Basic, Bearer, TokenServer};
 pub use wire::Connection;
 

@@ -97,9 +97,8 @@ impl Fills {
         loop {
             let opened = match self.look(wanted, index) {
                 Look::Is(found) => return *found,
-                Look::Ending(mut ending) => {
-                    // That nobody tells any more means that it has ended.
-                    drop(ending.wait_for(Progress::has_failed).await);
+                Look::Ending(ending) => {
+                    self.wait_for_end(wanted, ending).await;
                     continue;
                 }
                 Look::Stored => self.store.blob(&wanted.digest).await,
@@ -186,6 +185,21 @@ impl Fills {
             progress,
             readers: Readers::default().into(),
             wake: tokio::sync::Notify::new(),
+        }
+    }
+
+    /// Waits until a fill that is being set aside has left the table. One whose task ended without leaving is taken off it.
+    async fn wait_for_end(&self, wanted: &Wanted, mut ending: watch::Receiver<Progress>) {
+        if ending.wait_for(Progress::has_failed).await.is_ok() {
+            return;
+        }
+        let key = Key {
+            upstream: wanted.source.upstream.clone(),
+            digest: wanted.digest,
+        };
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(running.get(&key), Some(Slot::Ending(_))) {
+            running.remove(&key);
         }
     }
 

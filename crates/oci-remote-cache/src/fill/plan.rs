@@ -27,8 +27,8 @@ pub struct Active {
     pub position: u64,
     /// Where it stops, exclusive.
     pub end: u64,
-    /// Bytes a second, as last measured; zero when it pauses or is new.
-    pub rate: u64,
+    /// Bytes a second, as last measured: zero when it pauses, `None` when it is too new to tell.
+    pub rate: Option<u64>,
 }
 
 /// What one reader still needs.
@@ -130,7 +130,7 @@ fn covering(view: &View<'_>, at: u64) -> Option<(usize, Active)> {
 /// More than [`FAR`] away, and more than a second at the present rate.
 fn is_far(active: Active, at: u64) -> bool {
     let distance = at.saturating_sub(active.position);
-    distance > FAR && distance > active.rate
+    distance > FAR && active.rate.is_some_and(|rate| distance > rate)
 }
 
 /// Whether work in order comes to `at` before a reader would notice: some connection ends just before it.
@@ -237,10 +237,11 @@ fn straggler(view: &View<'_>) -> Option<Step> {
         .enumerate()
         .max_by_key(|(_, active)| active.end - active.position)?;
     // What is in the socket already comes anyway, and would come twice.
-    let on_the_way = active.rate.min(ON_THE_WAY);
+    let rate = active.rate?;
+    let on_the_way = rate.min(ON_THE_WAY);
     let rest = active.end.saturating_sub(active.position + on_the_way);
     // A rest that its own connection brings within a second is not worth another request.
-    if rest < 2 * SPLIT || rest <= active.rate {
+    if rest < 2 * SPLIT || rest <= rate {
         return None;
     }
     let share = if from_front(view, active) {
@@ -303,7 +304,7 @@ mod tests {
         let active = [Active {
             position: 0,
             end: 8 * MIB,
-            rate: 0,
+            rate: Some(0),
         }];
         assert_eq!(next(&view(8 * MIB, &gaps, &active, &wants)), None);
     }
@@ -339,7 +340,7 @@ mod tests {
         let active = [Active {
             position: 4 * MIB,
             end: size,
-            rate: 0,
+            rate: Some(0),
         }];
         let wants = [Want {
             position: size - 1024,
@@ -362,7 +363,7 @@ mod tests {
         let active = [Active {
             position: 0,
             end: size,
-            rate: 200 * MIB,
+            rate: Some(200 * MIB),
         }];
         let wants = [Want {
             position: 50 * MIB,
@@ -378,7 +379,7 @@ mod tests {
         let active = [Active {
             position: 0,
             end: size,
-            rate: MIB,
+            rate: Some(MIB),
         }];
         let two = View {
             share: 2,
@@ -401,7 +402,7 @@ mod tests {
         let active = [Active {
             position: 60 * MIB,
             end: 76 * MIB,
-            rate: MIB,
+            rate: Some(MIB),
         }];
         let two = View {
             share: 2,
@@ -433,7 +434,7 @@ mod tests {
                     prop_assert!(part.start < part.end && part.end <= size);
                     prop_assert!(left.iter().any(|gap| gap.start <= part.start && part.end <= gap.end), "{part:?} is not missing");
                     prop_assert!(active.iter().all(|a| a.end <= part.start || part.end <= a.position), "{part:?} is fetched already");
-                    active.push(Active { position: part.start, end: part.end, rate: MIB });
+                    active.push(Active { position: part.start, end: part.end, rate: Some(MIB) });
                     active.retain(|a| a.position < a.end);
                     prop_assert!(active.len() <= 8);
                 }

@@ -38,6 +38,15 @@ async fn refused_then_clean(registry: &Registry, cache: &CacheProcess, blob: &Co
     bad
 }
 
+/// How many bytes of the blob a client got; the body of an error is none of it.
+fn let_out(response: &Response) -> u64 {
+    if response.status == 200 {
+        response.length
+    } else {
+        0
+    }
+}
+
 fn different(size: usize) -> Bytes {
     Content::blob(size, "something else").data
 }
@@ -60,7 +69,7 @@ async fn bytes_of_two_blobs_are_never_mixed() {
     );
     let bad = refused_then_clean(&registry, &cache, &blob).await;
     assert!(
-        bad.length < blob.size(),
+        let_out(&bad) < blob.size(),
         "all bytes of a bad blob were let out"
     );
 }
@@ -182,7 +191,7 @@ async fn one_wrong_bit_keeps_the_last_bytes_back() {
         );
         let bad = refused_then_clean(&registry, &cache, &blob).await;
         assert!(
-            bad.length < blob.size(),
+            let_out(&bad) < blob.size(),
             "all {size} bytes of a bad blob were let out"
         );
     }

@@ -22,7 +22,10 @@ fn log_lines(cache: &CacheProcess) -> Vec<Value> {
     let read = |line: &str| {
         serde_json::from_str(line).unwrap_or_else(|error| panic!("no JSON ({error}): {line}"))
     };
-    cache.log().lines().map(read).collect()
+    let log = cache.log();
+    // What stands after the last line's end is still being written.
+    let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    whole.lines().map(read).collect()
 }
 
 fn access_lines(cache: &CacheProcess) -> Vec<Value> {
@@ -378,6 +381,7 @@ async fn twice_verbose_shows_both_sides_and_no_secret() {
         image.layer(),
     );
 
+    cache.terminate().await;
     let log = cache.log();
     let lines = log_lines(&cache);
     for target in ["client", "upstream"] {

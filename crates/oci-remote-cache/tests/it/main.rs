@@ -16,11 +16,15 @@ mod durable;
 #[cfg(test)]
 mod encrypted;
 #[cfg(test)]
+mod engine;
+#[cfg(test)]
 mod exact;
 #[cfg(test)]
 mod explains;
 #[cfg(test)]
 mod floors;
+#[cfg(test)]
+mod leaks;
 #[cfg(test)]
 mod listings;
 #[cfg(test)]

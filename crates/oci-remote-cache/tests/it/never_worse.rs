@@ -69,7 +69,8 @@ async fn a_full_disk_costs_no_pull() {
         metric(&cache, "oci_remote_cache_store_faults_total").await > 0,
         "no metric tells of it"
     );
-    assert!(cache.log().contains("\"WARN\""), "no warning tells of it");
+    let told = eventually(Duration::from_secs(2), || cache.log().contains("\"WARN\"")).await;
+    assert!(told, "no warning tells of it");
     let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
     cache.pull("up", &image).await;
     registry.stop().await;

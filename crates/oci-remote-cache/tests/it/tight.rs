@@ -802,6 +802,8 @@ async fn no_secret_is_ever_shown() {
         }
     }
     seen.push_str(&cache.metrics().await);
+    // The log is whole when the process has ended.
+    cache.terminate().await;
     let log = cache.log();
     assert!(
         log.contains(&format!("/v2/{REPO}/manifests/v1")),

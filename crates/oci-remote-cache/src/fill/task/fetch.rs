@@ -19,6 +19,9 @@ use crate::tasks::Tasks;
 use crate::upstream::UpstreamError;
 use crate::upstream::resume::BlobStream;
 
+/// A rate is told over no less than this, in milliseconds.
+const SETTLED: u64 = 200;
+
 /// Bytes written at once, at most.
 const BATCH: usize = 1 << 20;
 
@@ -55,7 +58,7 @@ struct Range {
 struct Measured {
     at: Instant,
     position: u64,
-    rate: u64,
+    rate: Option<u64>,
 }
 
 /// The work of one fetch.
@@ -80,7 +83,7 @@ impl Fetch {
         let measured = Mutex::new(Measured {
             at: Instant::now(),
             position,
-            rate: 0,
+            rate: None,
         });
         let range = Arc::new(Range {
             position: position.into(),
@@ -132,14 +135,14 @@ impl Fetch {
             .unwrap_or_else(PoisonError::into_inner);
         let millis = u64::try_from(now.saturating_duration_since(measured.at).as_millis())
             .unwrap_or(u64::MAX);
-        let came = position
-            .saturating_sub(measured.position)
-            .saturating_mul(1000);
-        if let Some(rate) = came.checked_div(millis) {
+        if millis >= SETTLED {
+            let came = position
+                .saturating_sub(measured.position)
+                .saturating_mul(1000);
             *measured = Measured {
                 at: now,
                 position,
-                rate,
+                rate: Some(came / millis),
             };
         }
         Duration::from_micros(self.range.waited.swap(0, Ordering::Relaxed))

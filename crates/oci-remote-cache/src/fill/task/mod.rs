@@ -11,7 +11,7 @@ mod transfer;
 use std::sync::Arc;
 use std::time::Duration;
 
-use self::open::{Opened, open};
+use self::open::{Opened, open, resume_kept};
 use super::{Alone, Fill, FillError, Fills, Phase};
 use crate::metrics::OutcomeLabel;
 use crate::names::CredentialId;
@@ -47,10 +47,15 @@ pub(super) async fn run(fill: Arc<Fill>, fills: Fills, size_hint: Option<u64>) {
 }
 
 async fn fetch_all(fill: &Arc<Fill>, fills: &Fills, size_hint: Option<u64>) -> Outcome {
-    match open(fill, fills, size_hint).await {
+    let kept = resume_kept(fill, fills).await;
+    match open(fill, fills, kept.clone(), size_hint).await {
         Ok(Opened::Transfer(transfer)) => transfer.drive().await,
         Ok(Opened::Alone(alone)) => Outcome::Alone(alone),
-        Err(error) => Outcome::Failed(error, None),
+        // An upstream that is away must not cost what was fetched while it was there.
+        Err(error) => match kept {
+            Some(spool) => Outcome::Broken(error, spool),
+            None => Outcome::Failed(error, None),
+        },
     }
 }
 

@@ -22,10 +22,10 @@ pub(super) enum Opened {
 pub(super) async fn open(
     fill: &Arc<Fill>,
     fills: &Fills,
+    kept: Option<Arc<Spool>>,
     size_hint: Option<u64>,
 ) -> Result<Opened, FillError> {
     let deadline = Deadline::for_answer();
-    let kept = resume_kept(fill, fills).await;
     let range = first_range(fill, kept.as_deref(), size_hint);
     let Ok(Some(place)) = deadline.run(fills.place(&fill.key.upstream)).await else {
         return Err(FillError::Busy {
@@ -67,7 +67,8 @@ pub(super) async fn open(
     Ok(Opened::Transfer(Box::new(transfer)))
 }
 
-async fn resume_kept(fill: &Arc<Fill>, fills: &Fills) -> Option<Arc<Spool>> {
+/// The pieces kept from an earlier transfer. That there was one counts as a client that came before: the fill goes on to the end.
+pub(super) async fn resume_kept(fill: &Arc<Fill>, fills: &Fills) -> Option<Arc<Spool>> {
     let store = fills.store.clone();
     if !store.writable() {
         return None;
@@ -78,7 +79,12 @@ async fn resume_kept(fill: &Arc<Fill>, fills: &Fills) -> Option<Arc<Spool>> {
         .spawn_blocking(move || Spool::resume(store.layout(), key.digest, &key.upstream))
         .await;
     match kept {
-        Ok(Ok(kept)) => kept.map(Arc::new),
+        Ok(Ok(kept)) => {
+            if kept.is_some() {
+                fill.came_before();
+            }
+            kept.map(Arc::new)
+        }
         Ok(Err(error)) => {
             tracing::warn!(%error, "pieces kept from an earlier transfer cannot be used");
             None
