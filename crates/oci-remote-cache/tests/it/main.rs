@@ -23,6 +23,7 @@ mod explains;
 mod floors;
 #[cfg(test)]
 mod listings;
+mod logins;
 #[cfg(test)]
 mod never_worse;
 #[cfg(test)]
