@@ -13,6 +13,8 @@ mod error;
 mod exchange;
 mod guard;
 mod hosts;
+#[cfg(fuzzing)]
+mod inward;
 mod keyring;
 mod logins;
 mod place;
@@ -54,6 +56,8 @@ pub use self::body::{Answer, Body};
 pub use self::connect::install_crypto;
 pub use self::credentials::{Credentials, Identity};
 pub use self::error::{Fault, SetupError, UpstreamError};
+#[cfg(fuzzing)]
+pub use self::inward::try_leading_inward;
 pub use self::hosts::{HostError, HostOrNetwork, Network, RealmHost};
 pub use self::keyring::{Keyring, Login, Password};
 pub use self::logins::{LoginFile, Logins};
