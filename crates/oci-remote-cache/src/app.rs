@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,17 +24,20 @@ use crate::http::listen::{
     BindError, Limits, Listener, Tls, TlsFiles, connection_limit, raise_open_files, serve,
 };
 use crate::metrics::Metrics;
-use crate::names::{CredentialId, Source, UpstreamId};
+use crate::names::{Source, UpstreamId};
 use crate::policy::namespace::Entry;
 use crate::policy::rules::RuleError;
 use crate::policy::{Door, Names, Rules as ClientRules};
+use crate::secret::Secret;
 use crate::store::catalog::Catalog;
 use crate::store::error::OpenError;
 use crate::store::layout::Layout;
 use crate::store::{Store, StoreSettings};
 use crate::tasks::Tasks;
-use crate::upstream::{Credentials, HostError, Settings, SetupError, Upstream};
-use crate::watched::FileError;
+use crate::upstream::{
+    HostError, Keyring, Login, LoginFile, Logins, Password, Settings, SetupError, Upstream,
+};
+use crate::watched::{FileError, Watched};
 
 /// How long transfers under way may go on after the process was asked to stop.
 const DRAIN: Duration = Duration::from_secs(25);
@@ -96,7 +99,7 @@ impl App {
         let gate = gate(&config, &tasks)?;
         metrics.max_connections.set(limits.connections as u64);
         let own = [clients.local_addr(), operators.local_addr()];
-        let origins = origins(&config, &own, &metrics, &clock)?;
+        let origins = origins(&config, &own, (&metrics, &clock, &tasks))?;
         let settings = StoreSettings {
             dir: config.cache_dir.clone(),
             max_size: config.cache.max_size,
@@ -271,14 +274,15 @@ fn gate(config: &Config, tasks: &Tasks) -> Result<Gate, StartError> {
 fn origins(
     config: &Config,
     own: &[SocketAddr],
-    metrics: &Metrics,
-    clock: &Clock,
+    (metrics, clock, tasks): (&Metrics, &Clock, &Tasks),
 ) -> Result<HashMap<UpstreamId, Origin>, StartError> {
+    let logins = logins(config, tasks)?;
     config
         .upstreams
         .iter()
         .map(|upstream| {
-            let settings = settings(config, upstream, own)?;
+            let keyring = keyring(upstream, logins.as_ref(), tasks)?;
+            let settings = settings(config, upstream, own, keyring)?;
             let id = settings.id.clone();
             let rules = Rules {
                 tag_ttl: upstream.tag_ttl,
@@ -305,24 +309,76 @@ fn origins(
         .collect()
 }
 
+/// The login files, if there are any.
+fn logins(config: &Config, tasks: &Tasks) -> Result<Option<Logins>, FileError> {
+    let open = |path: &PathBuf| Watched::open(path, LoginFile::parse);
+    let file = config.docker_config.as_ref().map(open).transpose()?;
+    let variable = config.docker_auth.as_ref().map(|text| {
+        LoginFile::parse(text.expose().as_bytes())
+            .map_err(|why| FileError::new(Path::new("$DOCKER_AUTH_CONFIG"), why))
+    });
+    let variable = variable.transpose()?;
+    let any = file.is_some() || variable.is_some();
+    Ok(any.then(|| Logins::new(file, variable, tasks.clone())))
+}
+
+/// What an upstream may be shown: its own credentials, or what login files hold under one of its names.
+fn keyring(
+    upstream: &UpstreamConfig,
+    logins: Option<&Logins>,
+    tasks: &Tasks,
+) -> Result<Keyring, FileError> {
+    let Some(credentials) = &upstream.credentials else {
+        let names = names_in_logins(upstream);
+        return Ok(logins.map_or_else(Keyring::default, |logins| {
+            Keyring::from_logins(logins.clone(), names, tasks.clone())
+        }));
+    };
+    let password = match &credentials.password_file {
+        Some(path) => Password::Kept(Watched::open(path, read_password)?),
+        None => Password::Said(credentials.password.clone()),
+    };
+    let login = Login {
+        username: credentials.username.clone(),
+        password,
+    };
+    Ok(Keyring::of(login, tasks.clone()))
+}
+
+/// Key, aliases, and the address's host with its port, where it says one.
+fn names_in_logins(upstream: &UpstreamConfig) -> Vec<String> {
+    let host = upstream
+        .url
+        .host_str()
+        .map(|host| match upstream.url.port() {
+            Some(port) => format!("{host}:{port}"),
+            None => host.to_owned(),
+        });
+    let names = std::iter::once(upstream.key.clone()).chain(upstream.aliases.clone());
+    names.chain(host).collect()
+}
+
+fn read_password(bytes: &[u8]) -> Result<Secret, String> {
+    let text = std::str::from_utf8(bytes).map_err(|_invalid| "it is not UTF-8".to_owned())?;
+    // Editors and `echo` end a file with a line end that is no part of the password.
+    let text = text.trim_end_matches(['\r', '\n']);
+    if text.is_empty() {
+        return Err("it is empty".to_owned());
+    }
+    Ok(Secret::new(text.to_owned()))
+}
+
 fn settings(
     config: &Config,
     upstream: &UpstreamConfig,
     own: &[SocketAddr],
+    keyring: Keyring,
 ) -> Result<Settings, HostError> {
-    let credentials = upstream
-        .credentials
-        .as_ref()
-        .map(|credentials| Credentials {
-            id: CredentialId::configured(&credentials.username),
-            username: credentials.username.clone(),
-            password: credentials.password.clone(),
-        });
     Ok(Settings {
         id: UpstreamId::new(&upstream.key),
         url: upstream.url.clone(),
         mirrors: upstream.mirrors.clone(),
-        credentials,
+        keyring,
         token_realms: parsed(&upstream.token_realms)?,
         redirect_hosts: parsed(&upstream.redirect_hosts)?,
         trusted_networks: parsed(&config.trusted_networks)?,

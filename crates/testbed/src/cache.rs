@@ -328,6 +328,7 @@ impl CacheProcess {
         for name in [
             "RUST_LOG",
             "CACHE_DIRECTORY",
+            "DOCKER_AUTH_CONFIG",
             "http_proxy",
             "https_proxy",
             "HTTP_PROXY",

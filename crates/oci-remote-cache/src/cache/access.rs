@@ -39,9 +39,20 @@ impl Cache {
     ) -> Result<(), CacheError> {
         let source = grant.source();
         match self.origin(source)?.shown {
+            // Without credentials there is nothing that they could open.
+            _ if self.is_anonymous(source) => Ok(()),
             Shown::All => Ok(()),
             Shown::Public => self.enter_public(source, resource, deadline).await,
         }
+    }
+
+    fn is_anonymous(&self, source: &Source) -> bool {
+        self.origin(source).is_ok_and(|origin| {
+            origin
+                .upstream
+                .credential(&source.repository)
+                .is_anonymous()
+        })
     }
 
     async fn enter_public(

@@ -113,14 +113,10 @@ impl Cache {
             Kind::Blob => Thing::Blob,
             Kind::Manifest => Thing::Manifest,
         };
-        let membership = self.inner.store.catalog().membership(source, digest, kind);
-        match membership {
-            Ok(Some(_credential)) => Ok(()),
-            Ok(None) => Err(not_held(source, thing)),
-            Err(error) => {
-                self.store_fault(&error);
-                Err(not_held(source, thing))
-            }
+        if self.is_member(source, digest, kind) {
+            Ok(())
+        } else {
+            Err(not_held(source, thing))
         }
     }
 

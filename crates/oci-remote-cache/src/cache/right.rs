@@ -88,7 +88,7 @@ impl Cache {
     fn counts(&self, source: &Source, credential: &CredentialId) -> bool {
         let today = self
             .origin(source)
-            .map(|origin| origin.upstream.credential());
+            .map(|origin| origin.upstream.credential(&source.repository));
         credential.is_anonymous() || today.is_ok_and(|today| today == *credential)
     }
 
@@ -197,7 +197,8 @@ impl Cache {
 
     /// Whether the repository is suspended for the credential we would use.
     pub(super) fn is_suspended(&self, source: &Source) -> Result<bool, CacheError> {
-        let credential = self.origin(source)?.upstream.credential();
+        let upstream = &self.origin(source)?.upstream;
+        let credential = upstream.credential(&source.repository);
         Ok(self.inner.store.catalog().is_suspended(source, &credential))
     }
 
@@ -214,7 +215,7 @@ impl Cache {
             .inner
             .store
             .catalog()
-            .lift(source, &origin.upstream.credential())
+            .lift(source, &origin.upstream.credential(&source.repository))
             .await
         {
             self.store_fault(&error);
@@ -234,7 +235,7 @@ impl Cache {
         tracing::warn!(source = %source, "the upstream refuses this repository; what is held of it is suspended");
         let now = self.inner.clock.now();
         if let Err(error) = catalog
-            .suspend(source, &origin.upstream.credential(), now)
+            .suspend(source, &origin.upstream.credential(&source.repository), now)
             .await
         {
             self.store_fault(&error);

@@ -67,6 +67,8 @@ pub(super) fn check(
         },
         tls: top.child(&["tls"]).tls()?,
         clients: top.child(&["clients"]).clients()?,
+        docker_config: top.file("docker_config")?,
+        docker_auth: variable(environment, "DOCKER_AUTH_CONFIG"),
         trusted_networks: top.list("trusted_networks"),
         upstreams,
     })
@@ -213,7 +215,7 @@ impl Section<'_> {
             library: self.require("library")?,
             tag_ttl: self.require::<Duration>("tag_ttl")?,
             negative_ttl: self.require::<Duration>("negative_ttl")?,
-            serve: self.serve(credentials.as_ref()),
+            serve: self.serve(),
             credentials,
             token_realms: self.list("token_realms"),
             redirect_hosts: self.list("redirect_hosts"),
@@ -224,15 +226,11 @@ impl Section<'_> {
         })
     }
 
-    /// Without credentials there is nothing that they could open to the wrong people.
-    fn serve(&self, credentials: Option<&CredentialsConfig>) -> Serve {
+    /// Where there are no credentials, both mean the same.
+    fn serve(&self) -> Serve {
         let said: Option<String> = self.find("serve");
         let all = said.map_or_else(|| !self.is_open(), |said| said == "all");
-        if all || credentials.is_none() {
-            Serve::All
-        } else {
-            Serve::Public
-        }
+        if all { Serve::All } else { Serve::Public }
     }
 
     /// Whether others than this machine's own users can reach us without saying who they are.
@@ -302,6 +300,10 @@ impl Section<'_> {
             (Some(username), Some(source)) => Ok(Some(CredentialsConfig {
                 username,
                 password: self.secret("password", &source)?,
+                password_file: match &source {
+                    SecretSource::File(path) => Some(path.clone()),
+                    SecretSource::Text(_) | SecretSource::Variable(_) => None,
+                },
             })),
             (Some(_), None) => Err(self.problem("username", "needs a password beside it")),
             (None, Some(_)) => Err(self.problem("password", "needs a username beside it")),
@@ -315,17 +317,11 @@ impl Section<'_> {
                 let what = format!("cannot read the file {}: {error}", path.display());
                 self.problem(name, what)
             })?,
-            SecretSource::Variable(variable) => {
-                let found = self
-                    .environment
-                    .iter()
-                    .find(|(name, _)| name == variable)
-                    .map(|(_, value)| Secret::new(value.clone()));
-                found.ok_or_else(|| {
+            SecretSource::Variable(variable) => self::variable(self.environment, variable)
+                .ok_or_else(|| {
                     let what = format!("the environment variable {variable} is not set");
                     self.problem(name, what)
-                })?
-            }
+                })?,
         };
         if secret.is_empty() {
             return Err(self.problem(name, "is empty"));
@@ -346,6 +342,13 @@ impl Section<'_> {
             }
         }
     }
+}
+
+fn variable(environment: &[(String, String)], name: &str) -> Option<Secret> {
+    let found = environment.iter().find(|(found, _)| found == name);
+    found
+        .filter(|(_, value)| !value.is_empty())
+        .map(|(_, value)| Secret::new(value.clone()))
 }
 
 fn readable(path: &Path) -> io::Result<()> {

@@ -137,6 +137,15 @@ const ALL: &[Key] = &[
         doc: "What is logged: a level, or `target=level` directives separated by commas. `RUST_LOG`, when set, is used instead.",
     },
     Key {
+        path: &["docker_config"],
+        kind: Kind::Path,
+        default: Default::Words("none"),
+        example: "\"/root/.docker/config.json\"",
+        doc: "Login file of Docker (`config.json`) or podman (`auth.json`) for upstreams without `credentials` of their own, and the \
+              `docker-credential-*` programs that it names. An entry for `host/prefix` is for those repositories only; the longest \
+              wins. Read again when it changes. The variable `DOCKER_AUTH_CONFIG` may hold such a file's text, and goes first.",
+    },
+    Key {
         path: &["trusted_networks"],
         kind: Kind::Networks,
         default: Default::Text(""),

@@ -55,6 +55,10 @@ pub struct Config {
     pub tls: Option<TlsConfig>,
     /// Who may pull.
     pub clients: ClientsConfig,
+    /// A login file of Docker or podman.
+    pub docker_config: Option<PathBuf>,
+    /// The text of one, from `DOCKER_AUTH_CONFIG`.
+    pub docker_auth: Option<Secret>,
     /// `address/prefix` of networks that count as public.
     pub trusted_networks: Vec<String>,
     /// All upstreams, built in or configured, by key.
@@ -132,6 +136,8 @@ pub struct CredentialsConfig {
     pub username: String,
     /// Not empty.
     pub password: Secret,
+    /// The file it was read from.
+    pub password_file: Option<PathBuf>,
 }
 
 /// What clients get from an upstream that has credentials.

@@ -143,8 +143,6 @@ fn what_is_served_follows_from_who_can_ask() {
             format!("{credentials}\nserve = \"public\""),
             Serve::Public,
         ),
-        // Nothing that anyone else could not have.
-        ("[::]:1", "serve = \"public\"".to_owned(), Serve::All),
     ] {
         let text = format!("listen = \"{listen}\"\n[upstreams.\"quay.io\"]\n{lines}");
         let config = Config::load(&Case::file(&text).sources).unwrap();

@@ -98,16 +98,21 @@ impl Learned {
 }
 
 impl<'a> Session<'a> {
-    pub(super) fn new(place: &'a Place, door: &'a Door, ask: &'a Ask, deadline: Deadline) -> Self {
-        Self {
+    pub(super) async fn new(
+        place: &'a Place,
+        door: &'a Door,
+        ask: &'a Ask,
+        deadline: Deadline,
+    ) -> Result<Self, Failure> {
+        Ok(Self {
             place,
             door,
             ask,
             deadline,
-            credentials: place.credentials(ask),
+            credentials: place.credentials(ask).await?,
             carried: Carried::Nothing,
             spent: Spent::Nothing,
-        }
+        })
     }
 
     /// Whose rights the answers were given for.

@@ -13,6 +13,10 @@ mod error;
 mod exchange;
 mod guard;
 mod hosts;
+#[cfg(fuzzing)]
+mod inward;
+mod keyring;
+mod logins;
 mod place;
 mod rate;
 mod redirect;
@@ -26,8 +30,8 @@ mod walk;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 
+use oci::RepositoryName;
 use reqwest::Certificate;
 use reqwest::header::HeaderValue;
 use url::Url;
@@ -52,7 +56,11 @@ pub use self::body::{Answer, Body};
 pub use self::connect::install_crypto;
 pub use self::credentials::{Credentials, Identity};
 pub use self::error::{Fault, SetupError, UpstreamError};
+#[cfg(fuzzing)]
+pub use self::inward::try_leading_inward;
 pub use self::hosts::{HostError, HostOrNetwork, Network, RealmHost};
+pub use self::keyring::{Keyring, Login, Password};
+pub use self::logins::{LoginFile, Logins};
 pub use self::request::{Ask, Method, Resource};
 
 /// What an operator configured for one upstream.
@@ -65,7 +73,7 @@ pub struct Settings {
     /// Other places with the same content; they are asked without credentials.
     pub mirrors: Vec<Url>,
     /// Who we are there.
-    pub credentials: Option<Credentials>,
+    pub keyring: Keyring,
     /// Further hosts that may receive the credentials as token endpoints.
     pub token_realms: Vec<RealmHost>,
     /// Further hosts and networks that this upstream may send us to.
@@ -102,9 +110,8 @@ impl Upstream {
             metrics: metrics.clone(),
             clock,
         };
-        let credentials = settings.credentials.clone().map(Arc::new);
         let mut first = open(&settings, &settings.url, &wire, &roots)?;
-        first.credentials = credentials;
+        first.keyring = settings.keyring.clone();
         let mut places = vec![first];
         for mirror in &settings.mirrors {
             places.push(open(&settings, mirror, &wire, &roots)?);
@@ -121,11 +128,13 @@ impl Upstream {
         &self.id
     }
 
-    /// The configured credential, or anonymous: whose rights answers may carry.
-    pub fn credential(&self) -> CredentialId {
+    /// The credential for a repository, or anonymous: whose rights answers may carry.
+    pub fn credential(&self, repository: &RepositoryName) -> CredentialId {
         self.places
             .first()
-            .map_or_else(CredentialId::anonymous, Place::credential)
+            .map_or_else(CredentialId::anonymous, |place| {
+                place.keyring.credential(repository)
+            })
     }
 
     /// How many places there are to ask: the URL and its mirrors.
@@ -202,7 +211,7 @@ fn open(
     };
     Ok(Place {
         url: url.clone(),
-        credentials: None,
+        keyring: Keyring::default(),
         token_realms: settings.token_realms.clone(),
         wire: wire.clone(),
         reach: Reach::new(rules, roots.to_vec()),

@@ -14,17 +14,17 @@ use super::credentials::{Credentials, Identity};
 use super::error::{Failure, Fault, SetupError};
 use super::exchange::{Reply, Wire};
 use super::hosts::RealmHost;
+use super::keyring::Keyring;
 use super::rate::{self, Gate};
 use super::request::Ask;
 use super::token::Tokens;
 use crate::metrics::UpstreamLabel;
-use crate::names::CredentialId;
 
 /// Where requests go, and what was learned there.
 #[derive(Debug)]
 pub(super) struct Place {
     pub(super) url: Url,
-    pub(super) credentials: Option<Arc<Credentials>>,
+    pub(super) keyring: Keyring,
     pub(super) token_realms: Vec<RealmHost>,
     pub(super) wire: Wire,
     pub(super) reach: Reach,
@@ -35,18 +35,11 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Whose rights this place may be asked with.
-    pub(super) fn credential(&self) -> CredentialId {
-        self.credentials
-            .as_ref()
-            .map_or_else(CredentialId::anonymous, |held| held.id.clone())
-    }
-
     /// What a request may show this place about who it is.
-    pub(super) fn credentials(&self, ask: &Ask) -> Option<Arc<Credentials>> {
+    pub(super) async fn credentials(&self, ask: &Ask) -> Result<Option<Arc<Credentials>>, Failure> {
         match ask.identity {
-            Identity::Configured => self.credentials.clone(),
-            Identity::Anonymous => None,
+            Identity::Configured => Ok(self.keyring.credentials(&ask.repository).await?),
+            Identity::Anonymous => Ok(None),
         }
     }
 

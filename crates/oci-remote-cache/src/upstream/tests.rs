@@ -13,13 +13,15 @@ use testbed::{
 use url::Url;
 
 use super::{
-    Answer, Ask, Credentials, Fault, Identity, Method, Resource, Settings, Upstream, UpstreamError,
+    Answer, Ask, Fault, Identity, Keyring, Login, Method, Password, Resource, Settings, Upstream,
+    UpstreamError,
 };
 use crate::clock::Clock;
 use crate::deadline::Deadline;
 use crate::metrics::Metrics;
 use crate::names::{CredentialId, UpstreamId};
 use crate::secret::Secret;
+use crate::tasks::Tasks;
 
 const REPO: &str = "lib/app";
 
@@ -45,7 +47,7 @@ impl Bench {
             id: UpstreamId::new("up"),
             url: Url::parse(&self.registry.url()).unwrap(),
             mirrors: Vec::new(),
-            credentials: None,
+            keyring: Keyring::default(),
             token_realms: Vec::new(),
             redirect_hosts: Vec::new(),
             trusted_networks: Vec::new(),
@@ -65,11 +67,13 @@ impl Bench {
 
     fn robot(&self) -> Settings {
         Settings {
-            credentials: Some(Credentials {
-                id: CredentialId::configured("robot"),
-                username: "robot".into(),
-                password: Secret::new("hunter2".into()),
-            }),
+            keyring: Keyring::of(
+                Login {
+                    username: "robot".into(),
+                    password: Password::Said(Secret::new("hunter2".into())),
+                },
+                Tasks::new(),
+            ),
             ..self.settings()
         }
     }

@@ -77,7 +77,7 @@ async fn walk(place: &Place, ask: &Ask, deadline: Deadline) -> Result<Arrived, F
     door.rules
         .admit(&start, &start, start.as_str())
         .map_err(|refusal| Fault::Forbidden(refusal.to_string()))?;
-    let mut session = Session::new(place, &door, ask, deadline);
+    let mut session = Session::new(place, &door, ask, deadline).await?;
     session.prepare().await;
     let mut reply = session.send(&start).await?;
     let mut trail = Trail::from(&start);
@@ -210,10 +210,13 @@ async fn refused(reply: Reply, place: &Place, ask: &Ask, deadline: Deadline) -> 
     let retry_after = place.wire.retry_after(&reply);
     let status = reply.status();
     let fault = match status {
-        401 | 403 => Fault::Denied {
-            status,
-            code: code(reply, ask, deadline).await,
-        },
+        401 | 403 => {
+            place.keyring.doubt();
+            Fault::Denied {
+                status,
+                code: code(reply, ask, deadline).await,
+            }
+        }
         404 | 410 => Fault::NotFound {
             code: code(reply, ask, deadline).await,
         },

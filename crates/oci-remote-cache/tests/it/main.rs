@@ -27,6 +27,7 @@ mod floors;
 mod leaks;
 #[cfg(test)]
 mod listings;
+mod logins;
 #[cfg(test)]
 mod never_worse;
 #[cfg(test)]

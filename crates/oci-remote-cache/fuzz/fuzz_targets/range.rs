@@ -1,0 +1,18 @@
+//! `Range` and `Content-Range`: whatever is resolved lies in the content.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use oci::{ContentRange, RangeHeader, Resolved};
+
+fuzz_target!(|input: (u64, &str)| {
+    let (size, text) = input;
+    drop(ContentRange::parse(text));
+    let Some(range) = RangeHeader::parse(text) else {
+        return;
+    };
+    if let Resolved::Slices(slices) = range.resolve(size) {
+        for slice in slices {
+            assert!(slice.start < slice.end && slice.end <= size, "{slice:?} of {size}");
+        }
+    }
+});
