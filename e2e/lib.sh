@@ -154,7 +154,7 @@ wait_until() { # SECONDS COMMAND...
   done
 }
 
-answers() { curl -s -o /dev/null --max-time 2 "$1"; } # any status will do
+answers() { curl -sk -o /dev/null --max-time 2 "$1"; } # any status will do
 
 start_server() { # NAME URL COMMAND...: started and answering, or the suite cannot go on
   local name=$1 url=$2

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """A token server for docker-registry's `auth: token`: RS256, a few seconds of life, one line on stdout for each token.
 
-usage: token_server.py PORT KEY.pem CERT.pem USER PASSWORD EXPIRES_IN
+usage: token_server.py PORT KEY.pem CERT.pem USER PASSWORD|@FILE EXPIRES_IN [PUBLIC REPOSITORY]...
 
 GET /token?service=S&scope=repository:NAME:ACTIONS answers {"token", "expires_in"}. Without the right Basic credentials the token
-grants nothing, as a private registry does it. Signing is left to the openssl command, so that Python's standard library is enough.
+grants nothing but pulling from public repositories. A password in a file is read for each request, so that it can be rotated. Signing is left to the openssl command, so that Python's standard library is enough.
 """
 
 import base64
@@ -21,8 +21,15 @@ ISSUER = "e2e"
 # so that a token that is used too long really fails.
 REGISTRY_LEEWAY = 60
 
-PORT, KEY, CERT, USER, PASSWORD, EXPIRES_IN = sys.argv[1:]
-BASIC = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+PORT, KEY, CERT, USER, PASSWORD, EXPIRES_IN, *PUBLIC = sys.argv[1:]
+
+
+def basic():
+    password = PASSWORD
+    if password.startswith("@"):
+        with open(password[1:], encoding="utf-8") as file:
+            password = file.read().strip()
+    return "Basic " + base64.b64encode(f"{USER}:{password}".encode()).decode()
 
 
 def b64url(data):
@@ -69,9 +76,9 @@ class Handler(BaseHTTPRequestHandler):
         if url.path != "/token":
             self.answer(404, {"error": "not found"})
             return
-        known = hmac.compare_digest(self.headers.get("Authorization", ""), BASIC)
+        known = hmac.compare_digest(self.headers.get("Authorization", ""), basic())
         scopes = [one for value in query.get("scope", []) for one in value.split()]
-        access = [access_of(scope) for scope in scopes] if known else []
+        access = [one for one in map(access_of, scopes) if known or one["name"] in PUBLIC]
         print("token", USER if known else "anonymous", *scopes, flush=True)
         body = {"token": token(query.get("service", [""])[0], access), "expires_in": int(EXPIRES_IN)}
         self.answer(200, body)

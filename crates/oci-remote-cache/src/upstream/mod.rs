@@ -56,9 +56,9 @@ pub use self::body::{Answer, Body};
 pub use self::connect::install_crypto;
 pub use self::credentials::{Credentials, Identity};
 pub use self::error::{Fault, SetupError, UpstreamError};
+pub use self::hosts::{HostError, HostOrNetwork, Network, RealmHost};
 #[cfg(fuzzing)]
 pub use self::inward::try_leading_inward;
-pub use self::hosts::{HostError, HostOrNetwork, Network, RealmHost};
 pub use self::keyring::{Keyring, Login, Password};
 pub use self::logins::{LoginFile, Logins};
 pub use self::request::{Ask, Method, Resource};

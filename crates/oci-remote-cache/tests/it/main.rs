@@ -27,6 +27,7 @@ mod floors;
 mod leaks;
 #[cfg(test)]
 mod listings;
+#[cfg(test)]
 mod logins;
 #[cfg(test)]
 mod never_worse;
@@ -46,6 +47,8 @@ mod stage;
 mod start;
 #[cfg(test)]
 mod tight;
+#[cfg(test)]
+mod tokens;
 #[cfg(test)]
 mod unbroken;
 #[cfg(test)]

@@ -51,9 +51,8 @@ const PING: Duration = Duration::from_secs(30);
 const PONG: Duration = Duration::from_secs(20);
 
 /// What someone who speaks plain HTTP to this port is told.
-const NOT_PLAIN: &[u8] =
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: 43\r\n\
-    Connection: close\r\n\r\nthis port speaks TLS: ask it with https://\r\n";
+const NOT_PLAIN: &[u8] = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\
+    Connection: close\r\n\r\n{\"errors\":[{\"code\":\"UNSUPPORTED\",\"message\":\"this port speaks TLS: ask it with https://\"}]}";
 
 /// Files in PEM form.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,0 +1,213 @@
+#!/usr/bin/env bash
+# Private images: what an open cache serves, who of our own clients may pull what, and where the upstream's credentials come from.
+# The upstream has one public and one private repository, tokens that live for seconds, and a password that is rotated.
+SUITE=private
+. "$(dirname "$0")/lib.sh"
+client_home
+stop_on_exit
+
+PUBLIC_REPO=demo/public
+PRIVATE_REPO=$REPO
+PASSWORD_FILE=$E2E_WORK/upstream-password
+CERTS=$E2E_WORK/certs
+
+auth_start() {
+  start_server auth "http://127.0.0.1:$PORT_auth/" python3 "$E2E_DIR/token_server.py" \
+    "$PORT_auth" "$E2E_WORK/token.key" "$E2E_WORK/token.crt" "$UPSTREAM_USER" "@$PASSWORD_FILE" "$TOKEN_LIFE" "$PUBLIC_REPO"
+}
+token_registry() { # NAME PORT
+  registry_start "$1" "$2" "auth: { token: { realm: \"http://127.0.0.1:$PORT_auth/token\", service: e2e,
+    issuer: e2e, rootcertbundle: $E2E_WORK/token.crt } }"
+}
+
+# A cache with the lines on stdin beside the usual ones.
+cache_with() { # LISTEN URL
+  CACHE=127.0.0.1:$PORT_cache
+  CACHE_DIR=$(mktemp -d "$E2E_WORK/cache.XXXXXX")
+  (
+    umask 077
+    cat >"$CACHE_DIR.toml" <<TOML
+listen = "$1:$PORT_cache"
+admin_listen = "127.0.0.1:$PORT_admin"
+cache_dir = "$CACHE_DIR"
+default_upstream = ""
+$(cat)
+TOML
+  )
+  start_server cache "$2://$CACHE/healthz" "$E2E_BIN" serve --config "$CACHE_DIR.toml"
+}
+upstream_section() { # MORE LINES
+  printf '[upstreams."token.test"]\nurl = "http://127.0.0.1:%s"\ntag_ttl = "1s"\nnegative_ttl = "1s"\n%s\n' "$PORT_token" "$1"
+}
+by_file() { printf 'credentials = { username = "%s", password = { file = "%s" } }' "$UPSTREAM_USER" "$PASSWORD_FILE"; }
+
+podman_pull() { # IMAGE ARGS...: into an empty store
+  podman_in "$(new_store)" pull -q "${@:2}" "$CACHE/token.test/$1"
+}
+names_the_key() { curl -s "http://$CACHE/v2/token.test/$PRIVATE_REPO/manifests/v1" | grep -F 'serve = '; }
+
+# ── 1: an open cache with credentials serves what is public, and nothing else ──
+
+open_cache() {
+  cache_with 0.0.0.0 http < <(upstream_section "$(by_file)")
+  check "open: a public repository is served" podman_pull "$PUBLIC_REPO:v1" --tls-verify=false
+  check "open: a private one is refused, and the key named" names_the_key
+  refuses "open: podman cannot pull it" podman_pull "$PRIVATE_REPO:v1" --tls-verify=false
+  sleep "$((TOKEN_LIFE + 1))"
+  check "open: after the tokens died, another tag" podman_pull "$PUBLIC_REPO:v2" --tls-verify=false
+  cache_stop
+}
+
+# ── 2: our own clients, over TLS ──
+
+own_certificate() {
+  mkdir -p "$CERTS"
+  openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=e2e-ca -keyout "$CERTS/ca.key" -out "$CERTS/ca.crt" 2>/dev/null &&
+    openssl req -newkey rsa:2048 -nodes -subj /CN=cache -keyout "$E2E_WORK/tls.key" -out "$E2E_WORK/tls.csr" 2>/dev/null &&
+    openssl x509 -req -in "$E2E_WORK/tls.csr" -CA "$CERTS/ca.crt" -CAkey "$CERTS/ca.key" -CAcreateserial -days 2 \
+      -extfile <(printf 'subjectAltName=IP:127.0.0.1') -out "$E2E_WORK/tls.crt" 2>/dev/null
+  rm -f "$CERTS/ca.key"
+}
+
+closed_cache() {
+  own_certificate || die "openssl made no certificate"
+  { htpasswd -Bbn -C 5 alice wonderland; htpasswd -Bbn -C 5 bob builder; } | grep . >"$E2E_WORK/clients"
+  cache_with 0.0.0.0 https <<TOML
+[tls]
+cert_file = "$E2E_WORK/tls.crt"
+key_file = "$E2E_WORK/tls.key"
+[clients]
+htpasswd = "$E2E_WORK/clients"
+rules = ["alice pull token.test/**", "bob pull token.test/$PUBLIC_REPO"]
+$(upstream_section "$(by_file)")
+TOML
+  check "clients: podman, alice, the private image" podman_pull "$PRIVATE_REPO:v1" --cert-dir "$CERTS" --creds alice:wonderland
+  refuses "clients: podman, bob, the same image, cached" podman_pull "$PRIVATE_REPO:v1" --cert-dir "$CERTS" --creds bob:builder
+  check "clients: podman, bob, the public image" podman_pull "$PUBLIC_REPO:v1" --cert-dir "$CERTS" --creds bob:builder
+  refuses "clients: podman, nobody" podman_pull "$PUBLIC_REPO:v1" --cert-dir "$CERTS"
+  refuses "clients: podman, a wrong password" podman_pull "$PUBLIC_REPO:v1" --cert-dir "$CERTS" --creds bob:wonderland
+  refuses "clients: podman without the authority's certificate" podman_pull "$PUBLIC_REPO:v1" --creds bob:builder
+  same "clients: HTTP/2" "$(curl -s -o /dev/null --cacert "$CERTS/ca.crt" -u bob:builder -w '%{http_version}' "https://$CACHE/v2/")" 2
+  closed_docker
+  closed_containerd
+  rotate
+  cache_stop
+}
+
+closed_docker() {
+  check "clients: dockerd starts, empty" dockerd_start || return
+  refuses "clients: docker, nobody" docker_cli pull -q "$CACHE/token.test/$PRIVATE_REPO:v1"
+  check "clients: docker login, alice" docker_login alice wonderland
+  check "clients: docker, alice, the private image" docker_cli pull -q "$CACHE/token.test/$PRIVATE_REPO:v1"
+  dockerd_stop
+}
+# With one login in its file docker keeps the next there too, and looks for no helper.
+docker_login() {
+  mkdir -p "$HOME/.docker"
+  echo '{"auths": {"other.test": {"auth": "eDp5"}}}' >"$HOME/.docker/config.json"
+  docker_cli login -u "$1" --password-stdin "$CACHE" <<<"$2"
+}
+
+closed_containerd() {
+  containerd_hosts "$CACHE" "https://$CACHE" "ca = \"$CERTS/ca.crt\""
+  check "clients: containerd starts, empty" containerd_start || return
+  refuses "clients: containerd, bob, the private image" closed_ctr bob:builder "$PRIVATE_REPO"
+  check "clients: containerd, alice, the private image" closed_ctr alice:wonderland "$PRIVATE_REPO"
+  containerd_stop
+}
+closed_ctr() { # USER:PASSWORD REPO
+  ctr_cli images pull --hosts-dir "$E2E_WORK/hosts" --snapshotter native --user "$1" "$CACHE/token.test/$2:v1"
+}
+
+rotate() {
+  echo "rotated-$UPSTREAM_PASSWORD" >"$PASSWORD_FILE"
+  sleep "$((TOKEN_LIFE + 2))"
+  check "upstream: after its password was rotated, another tag" \
+    podman_pull "$PRIVATE_REPO:v2" --cert-dir "$CERTS" --creds alice:wonderland
+}
+
+# ── 3: credentials from a helper ──
+
+helper() {
+  local line="docker_config = \"$HOME/logins.json\""
+  jq -n --arg host "127.0.0.1:$PORT_token" '{credHelpers: {($host): "pass"}}' >"$HOME/logins.json"
+  if ! pass_store >"$E2E_WORK/pass.log" 2>&1; then
+    skip "helper: docker-credential-pass is not to be had here: $(tail -n 1 "$E2E_WORK/pass.log")"
+    return
+  fi
+  cache_with 127.0.0.1 http < <(echo "$line"; upstream_section "")
+  check "helper: docker-credential-pass opens the private image" podman_pull "$PRIVATE_REPO:v1" --tls-verify=false
+  cache_stop
+}
+pass_store() {
+  command -v docker-credential-pass pass gpg || return
+  export GNUPGHOME=$HOME/gnupg PASSWORD_STORE_DIR=$HOME/pass
+  mkdir -m 700 -p "$GNUPGHOME"
+  gpg --batch --quiet --pinentry-mode loopback --passphrase '' --quick-generate-key e2e default default 1d &&
+    pass init e2e &&
+    jq -n --arg host "127.0.0.1:$PORT_token" --arg user "$UPSTREAM_USER" --arg secret "$(cat "$PASSWORD_FILE")" \
+      '{ServerURL: $host, Username: $user, Secret: $secret}' | docker-credential-pass store
+}
+
+# ── 4: what leads inward sees no connection ──
+
+inward() {
+  local own
+  own=$(ip -4 -o addr show scope global | awk 'NR == 1 { sub("/.*", "", $4); print $4 }')
+  if [ -z "$own" ]; then
+    skip "inward: this machine has no address but loopback"
+    return
+  fi
+  nginx_inward "$own"
+  cache_with 127.0.0.1 http <<TOML
+[upstreams."realm.test"]
+url = "http://$own:$PORT_redirect"
+[upstreams."hop.test"]
+url = "http://$own:$PORT_backing"
+TOML
+  : >"$E2E_WORK/auth.log"
+  refuses "inward: a realm on loopback, named by a registry that is not" \
+    curl -sf "http://$CACHE/v2/realm.test/$PRIVATE_REPO/manifests/v1"
+  refuses "inward: a redirect to loopback" curl -sf "http://$CACHE/v2/hop.test/$PRIVATE_REPO/manifests/v1"
+  same "inward: the token server saw nothing" "$(grep -c token "$E2E_WORK/auth.log")" 0
+  same "inward: nothing on loopback was connected to" "$(grep -c . "$E2E_WORK/inward.log")" 0
+  cache_stop
+  stop inward
+}
+nginx_inward() { # OWN ADDRESS: two registries there, one that names a realm and one that redirects, both to loopback
+  mkdir -p "$E2E_WORK/inward"
+  : >"$E2E_WORK/inward.log"
+  cat >"$E2E_WORK/inward.conf" <<NGINX
+daemon off; master_process off; worker_processes 1; pid $E2E_WORK/inward/pid; error_log stderr crit;
+events { worker_connections 64; }
+http {
+  access_log off;
+  client_body_temp_path $E2E_WORK/inward/body; proxy_temp_path $E2E_WORK/inward/proxy; fastcgi_temp_path $E2E_WORK/inward/fcgi;
+  uwsgi_temp_path $E2E_WORK/inward/uwsgi; scgi_temp_path $E2E_WORK/inward/scgi;
+  server {
+    listen $1:$PORT_redirect;
+    location / {
+      add_header WWW-Authenticate 'Bearer realm="http://127.0.0.1:$PORT_auth/token",service="e2e"' always;
+      return 401;
+    }
+  }
+  server { listen $1:$PORT_backing; location / { return 307 http://127.0.0.1:$PORT_cdn\$request_uri; } }
+  server { listen 127.0.0.1:$PORT_cdn; access_log $E2E_WORK/inward.log; location / { return 200 'inner'; } }
+}
+NGINX
+  start_server inward "http://$1:$PORT_backing/" nginx -p "$E2E_WORK/inward" -c "$E2E_WORK/inward.conf"
+  : >"$E2E_WORK/inward.log"
+}
+
+echo "$UPSTREAM_PASSWORD" >"$PASSWORD_FILE"
+chmod 600 "$PASSWORD_FILE"
+upstream_start anon
+for tag in v1 v2; do push "oci:$E2E_WORK/image:$tag" "$PUBLIC_REPO:$tag"; done
+upstream_stop anon
+auth_start
+token_registry token "$PORT_token"
+open_cache
+closed_cache
+helper
+inward
+exit 0
