@@ -149,12 +149,15 @@ impl Cache {
         (method, fallback, record): (Method, Fallback, Option<TagRecord>),
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
-        let error = match self.revalidate(grant.source(), tag, method, deadline).await {
+        let answered = match self.revalidate(grant.source(), tag, method, deadline).await {
             Ok(fetched) => {
-                return self
-                    .with_body(grant, tag, (fetched, method), deadline)
-                    .await;
+                self.with_body(grant, tag, (fetched, method), deadline)
+                    .await
             }
+            Err(error) => Err(error),
+        };
+        let error = match answered {
+            Ok(answer) => return Ok(answer),
             Err(error) => error,
         };
         let gone = matches!(error, CacheError::Unknown { .. });

@@ -89,7 +89,7 @@ struct Inner {
     not_public: Refused,
     openings: Flights<(Source, Resource), Result<(), CacheError>>,
     logins: Logins,
-    tags: Flights<(Source, oci::Tag, Method), Result<Fetched, CacheError>>,
+    tags: Flights<(Source, oci::Tag), Result<Fetched, CacheError>>,
     digests: Flights<(Source, Digest), Result<Fetched, CacheError>>,
     probes: Flights<(Source, Thing, AnyDigest), Result<Probe, CacheError>>,
     listings: listing::Listings,

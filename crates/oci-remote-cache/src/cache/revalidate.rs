@@ -97,7 +97,7 @@ impl Cache {
         let errand = self
             .inner
             .tags
-            .run((source.clone(), tag.clone(), method), move || async move {
+            .run((source.clone(), tag.clone()), move || async move {
                 Box::pin(cache.ask_tag(&from, &name, method)).await
             });
         let landed = deadline

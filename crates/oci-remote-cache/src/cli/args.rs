@@ -82,6 +82,7 @@ pub(super) enum TagsVerb {
     /// Show which digests a tag was seen to name, the latest first, and when.
     History {
         /// The tag as clients write it here: docker.io/library/alpine:3.20, or alpine:3.20. Without a tag it is latest.
+        #[arg(value_name = "REF")]
         reference: String,
         /// As JSON.
         #[arg(long)]

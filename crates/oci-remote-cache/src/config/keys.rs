@@ -279,7 +279,7 @@ const ALL: &[Key] = &[
         kind: Kind::Choice(&["remove", "serve"]),
         default: Default::Text("remove"),
         example: "\"serve\"",
-        doc: "What becomes of a tag that the upstream deleted: it is gone here too (`remove`), or is served on, with a warning (`serve`). By digest \
+        doc: "What becomes of a tag that the upstream deleted: it is gone here too, or, with `\"serve\"`, served on with a warning. By digest \
               what was pulled stays pullable either way.",
     },
     Key {

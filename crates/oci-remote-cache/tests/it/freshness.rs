@@ -199,9 +199,10 @@ async fn assert_offline(registry: &Registry, cache: &CacheProcess, image: &Image
         "asked in spite of the switch"
     );
     let (status, ready) = readyz(cache).await;
-    assert_eq!(
-        (status, ready["notes"].clone()),
-        (200, json!(["up is switched offline"]))
+    let notes = ready["notes"].to_string();
+    assert!(
+        status == 200 && notes.contains("is switched offline"),
+        "{ready}"
     );
 }
 
@@ -587,7 +588,7 @@ async fn a_tags_life_is_as_long_as_it_is_said() {
         [get_manifest(REPO, "v1"), head_manifest(REPO, "v1")]
     );
     registry.stop().await;
-    clock.advance(Duration::from_secs(30 * 86_400));
+    clock.advance(Duration::from_hours(30 * 24));
     let month_old = ask.clone().send(port).await;
     assert_stale(&month_old, &image, "unreachable");
     assert!(
@@ -674,6 +675,46 @@ async fn what_was_never_held_is_not_suspended() {
     assert_eq!(
         readyz(&cache).await.1,
         json!({"status": "ready", "reasons": []})
+    );
+    cache.check_invariants().await;
+}
+
+/// S07 with both kinds of clients: whoever comes first asks, and the others wait for that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_storm_of_heads_and_gets_is_one_question() {
+    let (registry, cache) = up_without_ttl().await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+    let new = moved(&registry, "v1");
+    let gate = Gate::new();
+    registry.script((Kind::Manifest, "HEAD"), faults::held(&gate));
+    registry.clear_log();
+    let path = manifest_path("up", REPO, "v1");
+    let get = Request::get(&path).compare(&new.manifest.data);
+    let storm: Vec<_> = (0..100)
+        .map(|n| {
+            if n % 2 == 0 {
+                Request::head(&path)
+            } else {
+                get.clone()
+            }
+        })
+        .map(|request| request.start(cache.port()))
+        .collect();
+    gate.reached().await;
+    sleep(Duration::from_millis(300)).await;
+    gate.open();
+    let digest = new.digest().to_string();
+    for background in storm {
+        let response = background.response().await;
+        assert_eq!(
+            (response.status, response.header("docker-content-digest")),
+            (200, Some(digest.as_str()))
+        );
+    }
+    assert_eq!(
+        registry.requests(),
+        [head_manifest(REPO, "v1"), get_manifest(REPO, new.digest())]
     );
     cache.check_invariants().await;
 }
