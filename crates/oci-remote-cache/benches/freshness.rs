@@ -5,7 +5,6 @@
 //! mode keeps no time for tags, so that its run needs no clock. Prints manifest requests per pull; fails above 5 % over the optimum.
 #![expect(
     clippy::expect_used,
-    clippy::panic,
     clippy::indexing_slicing,
     reason = "a measurement: what fails ends it"
 )]

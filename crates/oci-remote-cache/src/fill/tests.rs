@@ -150,6 +150,7 @@ fn connected(id: &UpstreamId, registry: &Registry, metrics: &Metrics) -> Arc<Ups
         ca_file: None,
         own_addresses: Vec::new(),
         user_agent: "oci-remote-cache/test".into(),
+        offline: upstream::Offline::default(),
     };
     Arc::new(Upstream::new(settings, metrics.clone(), Clock::system()).unwrap())
 }
