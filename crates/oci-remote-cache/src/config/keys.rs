@@ -159,7 +159,7 @@ const ALL: &[Key] = &[
         kind: Kind::Flag,
         default: Default::Text("false"),
         example: "true",
-        doc: "Whether `/v2/_catalog` lists the repositories of which something is cached. It tells their names, private ones too, to every client.",
+        doc: "Whether `/v2/_catalog` lists the repositories of which something is cached: to each client those that it may pull.",
     },
     Key {
         path: &["trusted_networks"],

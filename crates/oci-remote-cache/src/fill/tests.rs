@@ -143,7 +143,7 @@ fn connected(id: &UpstreamId, registry: &Registry, metrics: &Metrics) -> Arc<Ups
         id: id.clone(),
         url: Url::parse(&registry.url()).unwrap(),
         mirrors: Vec::new(),
-        credentials: None,
+        keyring: upstream::Keyring::default(),
         token_realms: Vec::new(),
         redirect_hosts: Vec::new(),
         trusted_networks: Vec::new(),
