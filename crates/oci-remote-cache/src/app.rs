@@ -7,13 +7,14 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use oci::Digest;
+use oci::{Digest, Reference, Route, Tag, Target};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::Admin;
-use crate::admin::health::{self, Readiness};
-use crate::cache::freshness::Rules;
+use crate::admin::health::{self, Condition, Readiness};
+use crate::admin::offline::Switches;
 use crate::cache::{Cache, Origin, Shown};
+use crate::cli::history::Era;
 use crate::cli::ls::Row;
 use crate::clock::Clock;
 use crate::config::{Config, Serve, TlsConfig, UpstreamConfig};
@@ -29,13 +30,14 @@ use crate::policy::namespace::Entry;
 use crate::policy::rules::RuleError;
 use crate::policy::{Door, Names, Rules as ClientRules};
 use crate::secret::Secret;
-use crate::store::catalog::Catalog;
+use crate::store::catalog::{Catalog, TagEra};
 use crate::store::error::OpenError;
 use crate::store::layout::Layout;
 use crate::store::{Store, StoreSettings};
 use crate::tasks::Tasks;
 use crate::upstream::{
-    HostError, Keyring, Login, LoginFile, Logins, Password, Settings, SetupError, Upstream,
+    HostError, Keyring, Login, LoginFile, Logins, Offline, Password, Settings, SetupError, Switch,
+    Upstream,
 };
 use crate::watched::{FileError, Watched};
 
@@ -99,7 +101,14 @@ impl App {
         let gate = gate(&config, &tasks)?;
         metrics.max_connections.set(limits.connections as u64);
         let own = [clients.local_addr(), operators.local_addr()];
-        let origins = origins(&config, &own, (&metrics, &clock, &tasks))?;
+        let everywhere = Switch::default();
+        if config.offline {
+            everywhere.turn_on();
+        }
+        let origins = origins(&config, &everywhere, &own, (&metrics, &clock, &tasks))?;
+        let offline = origins.iter();
+        let offline = offline.map(|(id, origin)| (id.clone(), origin.upstream.offline().clone()));
+        let switches = Switches::new(everywhere, offline.collect(), metrics.clone());
         let settings = StoreSettings {
             dir: config.cache_dir.clone(),
             max_size: config.cache.max_size,
@@ -119,10 +128,17 @@ impl App {
             origins,
             (clock, metrics.clone(), tasks.clone()),
         );
-        let readiness: Readiness = Arc::new(move || store.condition().into_iter().collect());
-        let admin = Admin::new(metrics.clone(), Arc::clone(&readiness));
+        let watched = cache.clone();
+        let readiness: Readiness = Arc::new(move || Condition {
+            reasons: store.condition().into_iter().collect(),
+            notes: watched.notes(),
+        });
+        let admin = Admin::new(metrics.clone(), Arc::clone(&readiness)).with_switches(switches);
         let aside = Box::new(move |path: &str| health::answer(path, &readiness));
-        let registry = Registry::new(cache, names(&config), aside, gate);
+        let mut registry = Registry::new(cache, names(&config), aside, gate);
+        if config.catalog {
+            registry = registry.with_catalog();
+        }
         Ok(Self {
             clients,
             operators,
@@ -273,6 +289,7 @@ fn gate(config: &Config, tasks: &Tasks) -> Result<Gate, StartError> {
 
 fn origins(
     config: &Config,
+    everywhere: &Switch,
     own: &[SocketAddr],
     (metrics, clock, tasks): (&Metrics, &Clock, &Tasks),
 ) -> Result<HashMap<UpstreamId, Origin>, StartError> {
@@ -282,12 +299,13 @@ fn origins(
         .iter()
         .map(|upstream| {
             let keyring = keyring(upstream, logins.as_ref(), tasks)?;
-            let settings = settings(config, upstream, own, keyring)?;
+            let mut settings = settings(config, upstream, own, keyring)?;
+            settings.offline = Offline::beside(everywhere);
+            if upstream.offline {
+                settings.offline.here().turn_on();
+            }
             let id = settings.id.clone();
-            let rules = Rules {
-                tag_ttl: upstream.tag_ttl,
-                negative_ttl: upstream.negative_ttl,
-            };
+            let rules = upstream.rules.clone();
             let shown = match upstream.serve {
                 Serve::All => Shown::All,
                 Serve::Public => Shown::Public,
@@ -385,6 +403,7 @@ fn settings(
         ca_file: upstream.ca_file.clone(),
         own_addresses: own.to_vec(),
         user_agent: concat!("oci-remote-cache/", env!("CARGO_PKG_VERSION")).to_owned(),
+        offline: Offline::default(),
     })
 }
 
@@ -442,4 +461,44 @@ pub fn list(folder: &Path) -> Result<Vec<Row>, String> {
         age: held.last_used.unwrap_or_default().age(now),
     });
     Ok(tags.chain(rest).collect())
+}
+
+/// What the tag `reference` has meant, the latest first: the command `tags history`. It only reads, also beside a running server.
+pub fn history(config: &Config, reference: &str) -> Result<Vec<Era>, String> {
+    let (source, tag) = tag_of(config, reference)?;
+    let layout = Layout::peek(&config.cache_dir).map_err(|error| error.to_string())?;
+    let catalog = Catalog::peek(&layout, &Metrics::new()).map_err(|error| error.to_string())?;
+    let eras = catalog.tag_history(&source, &tag);
+    let eras = eras.map_err(|error| error.to_string())?;
+    if eras.is_empty() {
+        return Err(format!("{source}:{tag} was never seen here"));
+    }
+    let era = |era: TagEra| Era {
+        digest: era.digest.to_string(),
+        first_seen: era.first_seen,
+        last_seen: era.last_seen,
+    };
+    Ok(eras.into_iter().map(era).collect())
+}
+
+/// The repository and tag that clients of this cache mean by `reference`.
+fn tag_of(config: &Config, reference: &str) -> Result<(Source, Tag), String> {
+    let start = reference.rfind('/').map_or(0, |slash| slash + 1);
+    let colon = reference.rfind(':').filter(|colon| *colon >= start);
+    let (name, tag) = match colon.and_then(|colon| reference.split_at_checked(colon)) {
+        Some((name, tag)) => (name, tag.trim_start_matches(':')),
+        None => (reference, "latest"),
+    };
+    let path = format!("/v2/{name}/manifests/{tag}");
+    let route = Route::parse(&path, None).map_err(|error| format!("{reference:?}: {error}"))?;
+    let Target::Manifest {
+        name,
+        reference: Reference::Tag(tag),
+    } = route.target
+    else {
+        return Err(format!("{reference:?} names no tag"));
+    };
+    let resolved = names(config).resolve(None, &name, None);
+    let resolved = resolved.map_err(|error| error.to_string())?;
+    Ok((Source::new(resolved.upstream, resolved.repository), tag))
 }

@@ -11,6 +11,7 @@ fn main() -> ExitCode {
         &Actions {
             serve: app::serve_blocking,
             list: app::list,
+            history: app::history,
         },
     )
 }

@@ -14,6 +14,10 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::verdict::{Verdict, Why};
 
+const RATE_CLOSED: &str = "upstream_ratelimit_closed_until_timestamp_seconds";
+const RATE_ENDS: &str = "upstream_ratelimit_ends_timestamp_seconds";
+const RATE_SOURCE: &str = "upstream_ratelimit_source";
+
 /// What an answer to a client is counted under.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabels {
@@ -45,6 +49,26 @@ pub struct UpstreamLabel {
     pub upstream: String,
 }
 
+/// Whose requests an upstream counts.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct RateLabels {
+    /// The upstream's key.
+    pub upstream: String,
+    /// `anonymous`, or the configured credential.
+    pub credential: String,
+}
+
+/// By what an upstream tells us from others.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct SourceLabels {
+    /// The upstream's key.
+    pub upstream: String,
+    /// `anonymous`, or the configured credential.
+    pub credential: String,
+    /// An address or an account's id. There is one at a time.
+    pub source: String,
+}
+
 /// A reason out of a closed set.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct WhyLabel {
@@ -72,7 +96,17 @@ pub struct Metrics {
     /// Body bytes read from upstreams.
     pub upstream_bytes: Family<UpstreamLabel, Counter>,
     /// Requests an upstream says are left before its rate limit.
-    pub rate_remaining: Family<UpstreamLabel, Gauge>,
+    pub rate_remaining: Family<RateLabels, Gauge>,
+    /// Requests an upstream allows in its window.
+    pub rate_limit: Family<RateLabels, Gauge>,
+    /// When none will be left at the present pace, in Unix seconds; absent where the limit is renewed before.
+    pub rate_ends: Family<RateLabels, Gauge>,
+    /// By what an upstream tells us from others.
+    pub rate_source: Family<SourceLabels, Gauge>,
+    /// Until when an upstream is left alone after a 429, in Unix seconds.
+    pub rate_closed: Family<UpstreamLabel, Gauge>,
+    /// Whether asking an upstream is switched off.
+    pub offline: Family<UpstreamLabel, Gauge>,
     /// Fills in flight.
     pub fills: Gauge,
     /// Fills that ended.
@@ -114,6 +148,15 @@ impl Metrics {
                 "upstream_ratelimit_remaining",
                 "Requests left before the upstream's rate limit",
             ),
+            rate_limit: gauge(
+                r,
+                "upstream_ratelimit_limit",
+                "Requests the upstream allows in its window",
+            ),
+            rate_ends: gauge(r, RATE_ENDS, "When none will be left at the present pace"),
+            rate_source: gauge(r, RATE_SOURCE, "By what the upstream tells us from others"),
+            rate_closed: gauge(r, RATE_CLOSED, "Until when the upstream is left alone"),
+            offline: gauge(r, "upstream_offline", "Whether it is switched offline"),
             fills: gauge(r, "fills", "Blob fetches in flight"),
             fills_ended: counter(r, "fills_ended", "Blob fetches that ended"),
             stale: counter(r, "stale", "Answers served past their age"),

@@ -32,6 +32,14 @@ pub enum Why {
     RateLimited,
     /// The upstream's token endpoint failed.
     TokenFailed,
+    /// It has just come of age, and is being asked about meanwhile.
+    Revalidating,
+    /// The operator has switched asking off.
+    Offline,
+    /// What is left of the upstream's rate limit is kept for what is not held.
+    Reserved,
+    /// The upstream deleted the tag, and the operator wants it served on.
+    Deleted,
     /// The digest's algorithm cannot be verified here.
     UnknownAlgorithm,
     /// Larger than `cache.max_blob`.
@@ -102,12 +110,34 @@ impl Why {
             Self::UpstreamError => "upstream-error",
             Self::RateLimited => "rate-limited",
             Self::TokenFailed => "token-failed",
+            Self::Revalidating => "revalidating",
+            Self::Offline => "offline",
+            Self::Reserved => "reserved",
+            Self::Deleted => "deleted",
             Self::UnknownAlgorithm => "unknown-algorithm",
             Self::TooLarge => "too-large",
             Self::Disk => "disk",
             Self::Accept => "accept",
             Self::OnlyHeld => "only-held",
         }
+    }
+}
+
+impl Why {
+    /// The reason in a stale answer's `Warning`, which podman shows to its user; none where nothing is amiss.
+    pub const fn warning(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Revalidating => return None,
+            Self::Unreachable => "upstream unreachable",
+            Self::UpstreamError => "upstream upstream-error",
+            Self::RateLimited => "upstream rate-limited",
+            Self::TokenFailed => "upstream token-failed",
+            Self::Offline => "asking the upstream is switched off",
+            Self::Reserved => "the upstream's rate limit is nearly used up",
+            Self::Deleted => "the upstream has deleted this tag",
+            Self::OnlyHeld => "this client gets only what is held",
+            Self::UnknownAlgorithm | Self::TooLarge | Self::Disk | Self::Accept => self.as_str(),
+        })
     }
 }
 

@@ -10,14 +10,25 @@ use serde::Serialize;
 
 use crate::http::body::Body;
 
-/// Tells why the process is not ready; nothing when it is.
-pub type Readiness = Arc<dyn Fn() -> Vec<String> + Send + Sync>;
+/// Tells how the process is.
+pub type Readiness = Arc<dyn Fn() -> Condition + Send + Sync>;
+
+/// How the process is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Condition {
+    /// Why it is not ready; nothing when it is.
+    pub reasons: Vec<String>,
+    /// What an operator should know besides, which no restart would mend: upstreams that refuse us.
+    pub notes: Vec<String>,
+}
 
 /// The body of `/readyz`.
 #[derive(Serialize)]
 struct Report {
     status: &'static str,
     reasons: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    notes: Vec<String>,
 }
 
 /// The answer, where `path` is one of the two.
@@ -29,13 +40,18 @@ pub fn answer(path: &str, readiness: &Readiness) -> Option<Response<Body>> {
     }
 }
 
-fn report(reasons: Vec<String>) -> Response<Body> {
+fn report(condition: Condition) -> Response<Body> {
+    let Condition { reasons, notes } = condition;
     let (code, status) = if reasons.is_empty() {
         (StatusCode::OK, "ready")
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "not ready")
     };
-    let report = Report { status, reasons };
+    let report = Report {
+        status,
+        reasons,
+        notes,
+    };
     // Strings alone always serialise.
     let body = serde_json::to_string(&report).unwrap_or_default();
     text(code, "application/json", body)

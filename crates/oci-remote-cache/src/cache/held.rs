@@ -7,7 +7,7 @@ use oci::{AnyDigest, Digest, Reference};
 use super::Cache;
 use super::blob::{BlobAnswer, BlobHead};
 use super::error::{CacheError, Thing};
-use super::freshness::{Freshness, Known, judge};
+use super::freshness::{Fallback, Freshness, Instead};
 use super::listing::{List, Listing};
 use super::manifest::{ManifestAnswer, ManifestWish, Method};
 use crate::names::Source;
@@ -52,17 +52,19 @@ impl Cache {
             Reference::Digest(AnyDigest::Foreign(_)) => return Err(none()),
             Reference::Tag(tag) => {
                 let record = self.tag_record(source, tag).ok_or_else(none)?;
-                let known = Known {
-                    checked: record.checked,
-                    suspended: record.suspended,
+                let age = record.checked.age(self.inner.clock.now());
+                let verdict = match self.freshness(source, tag, Some(&record))? {
+                    Freshness::Fresh(..) => Verdict::Hit,
+                    Freshness::Stale(_, Instead::Window, _)
+                    | Freshness::Ask(Fallback::Held | Fallback::HeldThoughDeleted) => {
+                        Verdict::Stale(Why::OnlyHeld)
+                    }
+                    Freshness::Stale(_, instead, _) => Verdict::Stale(instead.into()),
+                    Freshness::Ask(Fallback::Nothing | Fallback::Gone | Fallback::Refused) => {
+                        return Err(none());
+                    }
                 };
-                let now = self.inner.clock.now();
-                let verdict = match judge(self.origin(source)?.rules, Some(known), now) {
-                    Freshness::Fresh(_) => Verdict::Hit,
-                    Freshness::Expired => Verdict::Stale(Why::OnlyHeld),
-                    Freshness::Unknown | Freshness::Suspended => return Err(none()),
-                };
-                (record.digest, Some(record.checked.age(now)), verdict)
+                (record.digest, Some(age), verdict)
             }
         };
         self.has_right(grant, &digest, Kind::Manifest)?;

@@ -2,6 +2,7 @@
 //!
 //! An upstream's `Link` to the next page is read for its parameters only. Where it leads is ours to say: the same path here.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,14 +12,15 @@ use quick_cache::Weighter;
 use quick_cache::sync::Cache as Memory;
 use serde::Deserialize;
 
-use super::Cache;
 use super::error::{CacheError, Thing};
 use super::right::refused;
 use super::single_flight::Role;
+use super::{Cache, Shown};
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::Source;
-use crate::policy::{Grant, May};
+use crate::policy::{Client, Grant, May, Rules};
+use crate::store::error::StoreError;
 use crate::upstream::{Answer, Ask, Fault, Identity, Method, Resource};
 use crate::verdict::Verdict;
 
@@ -163,7 +165,10 @@ impl Cache {
         let key = (grant.source().clone(), list);
         let held = self.inner.listings.pages.get(&key);
         let suspended = self.is_suspended(&key.0)?;
-        let ttl = self.origin(&key.0)?.rules.tag_ttl;
+        let origin = self.origin(&key.0)?;
+        let ttl = origin
+            .rules
+            .listing_ttl(origin.upstream.strain(&key.0.repository));
         if let Some(listing) = held
             .as_ref()
             .filter(|listing| !suspended && self.age(listing) < ttl)
@@ -183,6 +188,49 @@ impl Cache {
     /// A page as it came last, however long ago.
     pub(super) fn known_page(&self, source: &Source, list: List) -> Option<Arc<Listing>> {
         self.inner.listings.pages.get(&(source.clone(), list))
+    }
+
+    /// Names of repositories of which something is stored, upstream's key first, in order, from after `after`; at most `most`. Left out are
+    /// those that are suspended, that the client may not pull, and that only our credentials open where only what is public is served.
+    pub async fn repositories(
+        &self,
+        (rules, client): (&Rules, &Client),
+        after: &str,
+        most: u32,
+    ) -> Result<Vec<String>, CacheError> {
+        let catalog = self.inner.store.catalog().clone();
+        let read = self.inner.tasks.spawn_blocking(move || {
+            let sources = catalog.stored_sources()?;
+            Ok((sources, catalog.suspended()))
+        });
+        let read = read.await.map_err(|_lost| CacheError::Stopping)?;
+        let (sources, suspended) = read.map_err(|error: StoreError| {
+            self.store_fault(&error);
+            CacheError::Disk
+        })?;
+        let hidden: HashSet<Source> = suspended.into_iter().map(|(source, _)| source).collect();
+        let mut names: Vec<String> = sources
+            .into_iter()
+            .filter(|source| !hidden.contains(source) && self.is_shown(source))
+            .filter(|source| rules.decide(client.name.as_ref(), source).is_ok())
+            .map(|source| source.to_string())
+            .filter(|name| name.as_str() > after)
+            .collect();
+        names.sort_unstable();
+        names.truncate(most as usize);
+        Ok(names)
+    }
+
+    /// Whether a repository may be named to clients at all.
+    fn is_shown(&self, source: &Source) -> bool {
+        match self.origin(source).map(|origin| origin.shown) {
+            Ok(Shown::All) => true,
+            Ok(Shown::Public) => {
+                let catalog = self.inner.store.catalog();
+                catalog.public_since(source).is_some()
+            }
+            Err(_not_configured) => false,
+        }
     }
 
     pub(super) fn age(&self, listing: &Listing) -> Duration {

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use oci::{AnyDigest, Digest, MANIFEST_LIMIT, ManifestView, MediaType, Reference, Tag};
 
 use super::error::{CacheError, Thing};
-use super::freshness::{Freshness, Known, judge};
+use super::freshness::{Fallback, Freshness, Meanwhile};
 use super::right::{Claim, refused};
 use super::{Cache, all_of, manifest_ask};
 use crate::clock::Timestamp;
@@ -109,28 +109,28 @@ impl Cache {
         wish: &ManifestWish,
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
-        let source = grant.source();
-        let record = self.tag_record(source, tag);
-        let known = record.as_ref().map(|record| Known {
-            checked: record.checked,
-            suspended: record.suspended,
-        });
-        let mut freshness = judge(self.origin(source)?.rules, known, self.inner.clock.now());
-        if self.is_suspended(source)? && freshness != Freshness::Unknown {
-            freshness = Freshness::Suspended;
-        }
-        let answer = match (freshness, record) {
-            (Freshness::Fresh(age), Some(record)) => {
-                let answer = self
-                    .by_record(grant, &record, (wish.method, Verdict::Hit), deadline)
-                    .await?;
-                ManifestAnswer {
-                    age: Some(age),
-                    ..answer
-                }
+        let record = self.tag_record(grant.source(), tag);
+        let answer = match (
+            self.freshness(grant.source(), tag, record.as_ref())?,
+            record,
+        ) {
+            (Freshness::Fresh(age, _), Some(record)) => {
+                let how = (wish.method, Verdict::Hit, age);
+                self.by_record(grant, &record, how, deadline).await?
             }
-            (freshness, record) => {
-                self.asked_tag(grant, tag, (wish.method, freshness, record), deadline)
+            (Freshness::Stale(age, instead, meanwhile), Some(record)) => {
+                if meanwhile == Meanwhile::Ask {
+                    self.revalidate_later(grant.source(), tag, wish.method);
+                }
+                let how = (wish.method, Verdict::Stale(instead.into()), age);
+                self.by_record(grant, &record, how, deadline).await?
+            }
+            (Freshness::Ask(fallback), record) => {
+                self.asked_tag(grant, tag, (wish.method, fallback, record), deadline)
+                    .await?
+            }
+            (Freshness::Fresh(..) | Freshness::Stale(..), None) => {
+                self.asked_tag(grant, tag, (wish.method, Fallback::Nothing, None), deadline)
                     .await?
             }
         };
@@ -146,24 +146,36 @@ impl Cache {
         &self,
         grant: &Grant,
         tag: &Tag,
-        (method, freshness, record): (Method, Freshness, Option<TagRecord>),
+        (method, fallback, record): (Method, Fallback, Option<TagRecord>),
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
-        match (
-            self.revalidate(grant.source(), tag, method, deadline).await,
-            record,
-            freshness,
-        ) {
-            (Ok(fetched), _, _) => {
+        let answered = match self.revalidate(grant.source(), tag, method, deadline).await {
+            Ok(fetched) => {
                 self.with_body(grant, tag, (fetched, method), deadline)
                     .await
             }
-            (Err(error), Some(record), Freshness::Expired) if error.is_outage() => self
-                .stale(grant, &record, method, &error)
-                .await
-                .ok_or(error),
-            (Err(error), _, _) => Err(error),
-        }
+            Err(error) => Err(error),
+        };
+        let error = match answered {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        let gone = matches!(error, CacheError::Unknown { .. });
+        let why = match fallback {
+            Fallback::Held | Fallback::HeldThoughDeleted if error.is_outage() => error.why(),
+            Fallback::HeldThoughDeleted if gone => Why::Deleted,
+            Fallback::Held
+            | Fallback::HeldThoughDeleted
+            | Fallback::Nothing
+            | Fallback::Gone
+            | Fallback::Refused => return Err(error),
+        };
+        let Some(record) = record else {
+            return Err(error);
+        };
+        tracing::warn!(source = %grant.source(), %tag, %error, "serving a tag past its age");
+        let stale = self.stale(grant, &record, (method, why)).await;
+        stale.ok_or(error)
     }
 
     /// What is held for a tag whose upstream does not answer; `None` when the manifest is not held.
@@ -171,23 +183,20 @@ impl Cache {
         &self,
         grant: &Grant,
         record: &TagRecord,
-        method: Method,
-        error: &CacheError,
+        (method, why): (Method, Why),
     ) -> Option<ManifestAnswer> {
         if !self.is_member(grant.source(), &record.digest, Kind::Manifest) {
             return None;
         }
         let held = self.held(&record.digest).await?;
-        let answer = ManifestAnswer {
+        Some(ManifestAnswer {
             digest: record.digest.into(),
             media_type: record.media_type.clone(),
             size: record.size,
             body: (method == Method::Get).then_some(held.body),
-            verdict: Verdict::Stale(error.why()),
+            verdict: Verdict::Stale(why),
             age: Some(record.checked.age(self.inner.clock.now())),
-        };
-        tracing::warn!(source = %grant.source(), tag = %record.tag, %error, "serving a tag past its age");
-        Some(answer)
+        })
     }
 
     /// Answers with a tag's mapping, fetching the manifest by digest where only the mapping is held.
@@ -195,7 +204,7 @@ impl Cache {
         &self,
         grant: &Grant,
         record: &TagRecord,
-        (method, verdict): (Method, Verdict),
+        (method, verdict, age): (Method, Verdict, Duration),
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
         let fetched = Fetched {
@@ -205,8 +214,13 @@ impl Cache {
             body: None,
             verdict,
         };
-        self.with_body(grant, &record.tag, (fetched, method), deadline)
-            .await
+        let answer = self
+            .with_body(grant, &record.tag, (fetched, method), deadline)
+            .await?;
+        Ok(ManifestAnswer {
+            age: Some(age),
+            ..answer
+        })
     }
 
     /// Adds the bytes, where they are wanted and did not come along. A tag that moved between the upstream's HEAD and our GET by digest

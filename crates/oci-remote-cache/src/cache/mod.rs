@@ -12,9 +12,11 @@ mod held;
 pub mod listing;
 pub mod manifest;
 mod negative;
+pub mod pattern;
 mod revalidate;
 pub mod right;
 pub mod single_flight;
+mod standing;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -36,6 +38,7 @@ use self::manifest::{Fetched, Held};
 use self::negative::{Negatives, Refused};
 use self::right::Probe;
 use self::single_flight::Flights;
+use self::standing::Logins;
 use crate::clock::Clock;
 use crate::fill::Fills;
 use crate::metrics::Metrics;
@@ -85,7 +88,8 @@ struct Inner {
     negatives: Negatives,
     not_public: Refused,
     openings: Flights<(Source, Resource), Result<(), CacheError>>,
-    tags: Flights<(Source, oci::Tag, Method), Result<Fetched, CacheError>>,
+    logins: Logins,
+    tags: Flights<(Source, oci::Tag), Result<Fetched, CacheError>>,
     digests: Flights<(Source, Digest), Result<Fetched, CacheError>>,
     probes: Flights<(Source, Thing, AnyDigest), Result<Probe, CacheError>>,
     listings: listing::Listings,
@@ -123,6 +127,7 @@ impl Cache {
             negatives: Negatives::new(),
             not_public: Refused::new(),
             openings: Flights::new(tasks.clone()),
+            logins: Logins::default(),
             tags: Flights::new(tasks.clone()),
             digests: Flights::new(tasks.clone()),
             probes: Flights::new(tasks.clone()),

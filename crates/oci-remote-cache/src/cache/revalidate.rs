@@ -8,6 +8,7 @@ use std::sync::Arc;
 use oci::{AnyDigest, Digest, MANIFEST_LIMIT, MediaType, Reference, Tag};
 
 use super::error::{CacheError, Thing};
+use super::freshness::{Circumstances, Freshness, Known, Reach, Word, judge};
 use super::manifest::{Fetched, read_manifest, tag_record};
 use super::right::refused;
 use super::{Cache, manifest_ask};
@@ -37,6 +38,50 @@ impl Cache {
             })
     }
 
+    /// What is to be done about a tag of which this is recorded.
+    pub(super) fn freshness(
+        &self,
+        source: &Source,
+        tag: &Tag,
+        record: Option<&TagRecord>,
+    ) -> Result<Freshness, CacheError> {
+        let refused = self.is_suspended(source)?;
+        let known = record.map(|record| Known {
+            checked: record.checked,
+            word: match (refused, record.suspended) {
+                (true, _) => Word::Refused,
+                (false, true) => Word::Deleted,
+                (false, false) => Word::Holds,
+            },
+        });
+        let origin = self.origin(source)?;
+        let circumstances = Circumstances {
+            reach: if origin.upstream.offline().is_on() {
+                Reach::Offline
+            } else {
+                Reach::Online
+            },
+            strain: origin.upstream.strain(&source.repository),
+        };
+        let now = self.inner.clock.now();
+        let freshness = judge(origin.rules.of(tag.as_str()), known, circumstances, now);
+        tracing::debug!(%source, %tag, ?freshness, "judged");
+        Ok(freshness)
+    }
+
+    /// Has the upstream asked behind the client's back. What comes of it is in the catalog, where the next request finds it.
+    pub(super) fn revalidate_later(&self, source: &Source, tag: &Tag, method: Method) {
+        let (cache, source, tag) = (self.clone(), source.clone(), tag.clone());
+        self.inner.tasks.spawn(async move {
+            let asked = cache
+                .revalidate(&source, &tag, method, Deadline::for_answer())
+                .await;
+            if let Err(error) = asked {
+                tracing::info!(%source, %tag, %error, "could not be asked about meanwhile");
+            }
+        });
+    }
+
     /// Has the upstream say what a tag is now; those who ask meanwhile share the errand.
     pub(super) async fn revalidate(
         &self,
@@ -52,7 +97,7 @@ impl Cache {
         let errand = self
             .inner
             .tags
-            .run((source.clone(), tag.clone(), method), move || async move {
+            .run((source.clone(), tag.clone()), move || async move {
                 Box::pin(cache.ask_tag(&from, &name, method)).await
             });
         let landed = deadline
@@ -177,13 +222,13 @@ impl Cache {
     /// The upstream refused a tag. A 404 suspends the tag, a 401 or 403 the repository; neither deletes anything.
     async fn tag_refused(&self, source: &Source, tag: &Tag, error: UpstreamError) -> CacheError {
         let gone = matches!(error.fault(), Fault::NotFound { .. });
-        if let Some(record) = self
-            .tag_record(source, tag)
-            .filter(|record| gone && !record.suspended)
-        {
-            tracing::info!(source = %source, %tag, "the upstream no longer has this tag");
+        if let Some(record) = self.tag_record(source, tag).filter(|_| gone) {
+            if !record.suspended {
+                tracing::info!(source = %source, %tag, "the upstream no longer has this tag");
+            }
             self.record_tag(TagRecord {
                 suspended: true,
+                checked: self.inner.clock.now(),
                 ..record
             })
             .await;

@@ -204,6 +204,7 @@ impl Cache {
 
     /// The upstream has answered 200 for this repository: it is open again, and nothing needs to be fetched anew.
     pub(super) async fn lift(&self, source: &Source) {
+        self.inner.logins.accepted(source);
         let Ok(true) = self.is_suspended(source) else {
             return;
         };
@@ -224,7 +225,7 @@ impl Cache {
 
     /// The upstream refuses a repository of which something is held: nothing of it is served until it allows it again. Nothing is
     /// deleted: registries have answered 401 for public images for hours.
-    async fn suspend(&self, source: &Source) {
+    async fn suspend(&self, source: &Source, error: &UpstreamError) {
         let catalog = self.inner.store.catalog();
         if !catalog.knows(source).unwrap_or(false) {
             return;
@@ -232,7 +233,8 @@ impl Cache {
         let Ok(origin) = self.origin(source) else {
             return;
         };
-        tracing::warn!(source = %source, "the upstream refuses this repository; what is held of it is suspended");
+        tracing::warn!(source = %source, credential = %origin.upstream.credential(&source.repository), %error,
+            "the upstream refuses this repository; what is held of it is suspended");
         let now = self.inner.clock.now();
         if let Err(error) = catalog
             .suspend(source, &origin.upstream.credential(&source.repository), now)
@@ -250,9 +252,9 @@ impl Cache {
         name: String,
         error: &Arc<UpstreamError>,
     ) -> CacheError {
-        let refusal = match error.fault() {
-            Fault::NotFound { .. } => Refusal::Unknown,
-            Fault::Denied { .. } => Refusal::Denied,
+        let (refusal, refused_) = match error.fault() {
+            Fault::NotFound { .. } => (Refusal::Unknown, None),
+            Fault::Denied { refused, .. } => (Refusal::Denied, Some(*refused)),
             Fault::Connect(_)
             | Fault::Late
             | Fault::Broken(_)
@@ -266,7 +268,8 @@ impl Cache {
             | Fault::Forbidden(_)
             | Fault::TokenFailed(_)
             | Fault::TooLarge
-            | Fault::Encoded(_) => return CacheError::Upstream(Arc::clone(error)),
+            | Fault::Encoded(_)
+            | Fault::Offline => return CacheError::Upstream(Arc::clone(error)),
         };
         let ttl = match refusal {
             Refusal::Unknown => self
@@ -274,7 +277,10 @@ impl Cache {
                 .map(|origin| origin.rules.negative_ttl)
                 .unwrap_or_default(),
             Refusal::Denied => {
-                self.suspend(source).await;
+                self.inner
+                    .logins
+                    .note(source, refused_, self.inner.clock.now());
+                self.suspend(source, error).await;
                 SHARED_REFUSAL
             }
         };

@@ -57,6 +57,11 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Look at what tags mean and meant.
+    Tags {
+        #[command(subcommand)]
+        verb: TagsVerb,
+    },
     /// Check, show or write a configuration.
     Config {
         #[command(subcommand)]
@@ -69,6 +74,20 @@ pub(super) enum Command {
     },
     /// Print the manual page.
     Man,
+}
+
+/// What can be asked about tags.
+#[derive(Debug, Subcommand)]
+pub(super) enum TagsVerb {
+    /// Show which digests a tag was seen to name, the latest first, and when.
+    History {
+        /// The tag as clients write it here: docker.io/library/alpine:3.20, or alpine:3.20. Without a tag it is latest.
+        #[arg(value_name = "REF")]
+        reference: String,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// What can be done about a configuration.
@@ -97,7 +116,7 @@ impl Command {
         match self {
             Self::Serve(_) => true,
             Self::Config { verb } => matches!(verb, ConfigVerb::Check(_) | ConfigVerb::Show(_)),
-            Self::Ls { .. } | Self::Completions { .. } | Self::Man => false,
+            Self::Ls { .. } | Self::Tags { .. } | Self::Completions { .. } | Self::Man => false,
         }
     }
 }

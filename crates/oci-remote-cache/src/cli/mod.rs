@@ -5,6 +5,7 @@
 
 mod args;
 mod configuration;
+pub mod history;
 mod logging;
 pub mod ls;
 mod pages;
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
-use self::args::{Arguments, Command, ListenFlags};
+use self::args::{Arguments, Command, ListenFlags, TagsVerb};
 use self::logging::Verbosity;
 use crate::config::{self, Config, ConfigError, Overrides, Settings, Sources};
 
@@ -27,6 +28,8 @@ pub struct Actions {
     pub serve: fn(Config) -> Result<(), String>,
     /// What the cache in this folder holds.
     pub list: fn(&Path) -> Result<Vec<ls::Row>, String>,
+    /// What this tag has meant, the latest first.
+    pub history: fn(&Config, &str) -> Result<Vec<history::Era>, String>,
 }
 
 /// How a command ended badly.
@@ -98,6 +101,18 @@ fn dispatch(arguments: Arguments, actions: &Actions) -> Result<(), Failure> {
             };
             print(&text)
         }
+        Some(Command::Tags {
+            verb: TagsVerb::History { reference, json },
+        }) => {
+            let config = Config::load(&sources)?;
+            let eras = (actions.history)(&config, &reference).map_err(Failure::Failed)?;
+            let text = if json {
+                history::json(&eras)
+            } else {
+                history::table(&eras)
+            };
+            print(&text)
+        }
         Some(Command::Config { verb }) => configuration::run(verb, sources),
         Some(Command::Completions { shell }) => print_bytes(&pages::completions(shell)),
         Some(Command::Man) => print_bytes(&pages::man().map_err(unprintable)?),
@@ -154,6 +169,7 @@ mod tests {
     const ACTIONS: Actions = Actions {
         serve: |_| Err("served".to_owned()),
         list: |folder| Err(format!("listed {}", folder.display())),
+        history: |config, reference| Err(format!("{reference} in {}", config.cache_dir.display())),
     };
 
     fn run(arguments: &[&str]) -> Result<(), Failure> {
@@ -185,6 +201,10 @@ mod tests {
     #[test]
     fn flags_may_stand_before_or_after_the_command() {
         assert_eq!(failed(&["ls", "--cache-dir", "/a"]), "listed /a");
+        assert_eq!(
+            failed(&["tags", "history", "x:1", "--cache-dir", "/a"]),
+            "x:1 in /a"
+        );
         assert_eq!(failed(&["--cache-dir", "/a", "ls", "--json"]), "listed /a");
         for arguments in [["--listen", "x", "serve"], ["serve", "--listen", "x"]] {
             assert!(refused(&arguments).starts_with("flag --listen: "));
@@ -210,6 +230,7 @@ mod tests {
         for name in [
             "SERVE",
             "LS",
+            "TAGS HISTORY",
             "CONFIG CHECK",
             "CONFIG SHOW",
             "CONFIG INIT",

@@ -7,7 +7,6 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use url::Url;
 
@@ -19,6 +18,7 @@ use super::value::{SecretSource, Typed};
 use super::{
     CacheConfig, ClientsConfig, Config, CredentialsConfig, Serve, TlsConfig, UpstreamConfig,
 };
+use crate::cache::freshness::{OnDeleted, Rules};
 use crate::secret::Secret;
 
 /// No password is longer; a file that is was not meant.
@@ -69,6 +69,8 @@ pub(super) fn check(
         clients: top.child(&["clients"]).clients()?,
         docker_config: top.file("docker_config")?,
         docker_auth: variable(environment, "DOCKER_AUTH_CONFIG"),
+        offline: top.require("offline")?,
+        catalog: top.require("catalog")?,
         trusted_networks: top.list("trusted_networks"),
         upstreams,
     })
@@ -213,8 +215,8 @@ impl Section<'_> {
             url,
             aliases: self.list("aliases"),
             library: self.require("library")?,
-            tag_ttl: self.require::<Duration>("tag_ttl")?,
-            negative_ttl: self.require::<Duration>("negative_ttl")?,
+            rules: self.rules()?,
+            offline: self.require("offline")?,
             serve: self.serve(),
             credentials,
             token_realms: self.list("token_realms"),
@@ -290,6 +292,20 @@ impl Section<'_> {
             }
             _ => Ok(clients),
         }
+    }
+
+    fn rules(&self) -> Result<Rules, Problem> {
+        let on_deleted = match self.require::<String>("on_deleted")?.as_str() {
+            "serve" => OnDeleted::Serve,
+            _ => OnDeleted::Remove,
+        };
+        Ok(Rules {
+            tag_ttl: self.require("tag_ttl")?,
+            patterns: self.list("tags"),
+            window: self.require("stale_while_revalidate")?,
+            on_deleted,
+            negative_ttl: self.require("negative_ttl")?,
+        })
     }
 
     fn credentials(&self) -> Result<Option<CredentialsConfig>, Problem> {

@@ -57,6 +57,8 @@ pub(super) enum Kind {
     Username,
     /// Text that is never shown.
     Secret,
+    /// How long tags of some patterns last.
+    TagRules,
     /// One of a few words.
     Choice(&'static [&'static str]),
 }
@@ -144,6 +146,20 @@ const ALL: &[Key] = &[
         doc: "Login file of Docker (`config.json`) or podman (`auth.json`) for upstreams without `credentials` of their own, and the \
               `docker-credential-*` programs that it names. An entry for `host/prefix` is for those repositories only; the longest \
               wins. Read again when it changes. The variable `DOCKER_AUTH_CONFIG` may hold such a file's text, and goes first.",
+    },
+    Key {
+        path: &["offline"],
+        kind: Kind::Flag,
+        default: Default::Text("false"),
+        example: "true",
+        doc: "Whether no upstream is asked for anything: what is held is served, however old, and the rest is refused.",
+    },
+    Key {
+        path: &["catalog"],
+        kind: Kind::Flag,
+        default: Default::Text("false"),
+        example: "true",
+        doc: "Whether `/v2/_catalog` lists the repositories of which something is cached: to each client those that it may pull.",
     },
     Key {
         path: &["trusted_networks"],
@@ -242,6 +258,36 @@ const ALL: &[Key] = &[
         default: Default::Text("1m"),
         example: "\"1m\"",
         doc: "How long a tag is served without asking the upstream whether it moved.",
+    },
+    Key {
+        path: &["upstreams", "*", "tags"],
+        kind: Kind::TagRules,
+        default: Default::Text(""),
+        example: "[{ pattern = \"latest\", ttl = \"30s\" }, { pattern = '*-\\d{8}', immutable = true }]",
+        doc: "Other lifetimes for some tags, the first pattern that fits decides. In patterns `*` is any text, `?` any character, `\\d` a digit, \
+              `+` repeats what stands before it, `{8}` does so eight times. In a variable: `latest=30s,*-\\d{8}=immutable`.",
+    },
+    Key {
+        path: &["upstreams", "*", "stale_while_revalidate"],
+        kind: Kind::Duration,
+        default: Default::Text("0s"),
+        example: "\"30s\"",
+        doc: "How long past its lifetime a tag is still served at once, while the upstream is asked behind the client's back.",
+    },
+    Key {
+        path: &["upstreams", "*", "on_deleted"],
+        kind: Kind::Choice(&["remove", "serve"]),
+        default: Default::Text("remove"),
+        example: "\"serve\"",
+        doc: "What becomes of a tag that the upstream deleted: it is gone here too, or, with `\"serve\"`, served on with a warning. By digest \
+              what was pulled stays pullable either way.",
+    },
+    Key {
+        path: &["upstreams", "*", "offline"],
+        kind: Kind::Flag,
+        default: Default::Text("false"),
+        example: "true",
+        doc: "The same as the switch for all upstreams, for this one.",
     },
     Key {
         path: &["upstreams", "*", "negative_ttl"],

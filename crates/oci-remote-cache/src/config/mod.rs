@@ -15,6 +15,7 @@ mod pages;
 mod schema;
 mod settings;
 mod show;
+mod tags;
 mod units;
 mod value;
 
@@ -23,7 +24,6 @@ mod tests;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use url::Url;
 
@@ -34,6 +34,7 @@ pub use self::pages::{reference, template};
 pub use self::schema::schema;
 pub use self::settings::{Overrides, Settings, Sources};
 pub use self::show::show;
+use crate::cache::freshness::Rules;
 use crate::secret::Secret;
 
 /// A configuration that makes sense: every value judged, names unique, secrets read.
@@ -59,6 +60,10 @@ pub struct Config {
     pub docker_config: Option<PathBuf>,
     /// The text of one, from `DOCKER_AUTH_CONFIG`.
     pub docker_auth: Option<Secret>,
+    /// Whether no upstream is asked.
+    pub offline: bool,
+    /// Whether the names of cached repositories are listed to clients.
+    pub catalog: bool,
     /// `address/prefix` of networks that count as public.
     pub trusted_networks: Vec<String>,
     /// All upstreams, built in or configured, by key.
@@ -107,10 +112,10 @@ pub struct UpstreamConfig {
     pub aliases: Vec<String>,
     /// Whether one-segment names get `library/`.
     pub library: bool,
-    /// How long a tag is fresh.
-    pub tag_ttl: Duration,
-    /// How long a "not found" is believed.
-    pub negative_ttl: Duration,
+    /// How its tags age, and how long a "not found" is believed.
+    pub rules: Rules,
+    /// Whether it is not asked.
+    pub offline: bool,
     /// Who we are there; none is anonymous.
     pub credentials: Option<CredentialsConfig>,
     /// What is served of it; all, where it has no credentials.

@@ -83,6 +83,9 @@ fn shape(kind: Kind) -> String {
         Kind::Rules => "list of `who what where`",
         Kind::Username => "text",
         Kind::Secret => "secret",
+        Kind::TagRules => {
+            "list of `{ pattern = \"…\", ttl = \"…\" }` or `{ pattern = \"…\", immutable = true }`"
+        }
         Kind::Choice(words) => {
             let words: Vec<String> = words.iter().map(|word| format!("`\"{word}\"`")).collect();
             return words.join(" or ");

@@ -90,6 +90,16 @@ fn shape(kind: Kind) -> Json {
         Kind::Urls => json!({ "type": "array", "items": url }),
         Kind::Names | Kind::Hosts | Kind::HostsOrNetworks | Kind::Networks | Kind::Rules => list,
         Kind::Secret => json!({ "anyOf": [text, only("file"), only("env")] }),
+        Kind::TagRules => json!({ "type": "array", "items": {
+            "type": "object",
+            "properties": {
+                "pattern": text,
+                "ttl": shape(Kind::Duration),
+                "immutable": { "type": "boolean" },
+            },
+            "required": ["pattern"],
+            "additionalProperties": false,
+        }}),
         Kind::Choice(words) => json!({ "enum": words }),
     }
 }

@@ -116,8 +116,8 @@ fn built_in_upstreams_know_their_ways() {
     );
     assert!(hub.library && !upstream(&config, "quay.io").library);
     assert_eq!(hub.token_realms, ["auth.docker.io"]);
-    assert_eq!(hub.tag_ttl, Duration::from_mins(1));
-    assert_eq!(hub.negative_ttl, Duration::from_secs(10));
+    assert_eq!(hub.rules.tag_ttl, Duration::from_mins(1));
+    assert_eq!(hub.rules.negative_ttl, Duration::from_secs(10));
     assert!(hub.credentials.is_none() && hub.mirrors.is_empty());
     assert_eq!((hub.connections_per_blob, hub.max_connections), (8, 64));
     let bintray = upstream(&config, "jfrog-docker-reg2.bintray.io");
@@ -222,8 +222,8 @@ fn every_key_of_the_file_arrives() {
     assert_eq!(config.cache.max_blob, Some(1000));
     let corp = upstream(&config, "corp.example");
     assert_eq!(corp.url.as_str(), "http://corp.example:5000/prefix");
-    assert_eq!(corp.tag_ttl, Duration::from_millis(1500));
-    assert_eq!(corp.negative_ttl, Duration::ZERO);
+    assert_eq!(corp.rules.tag_ttl, Duration::from_millis(1500));
+    assert_eq!(corp.rules.negative_ttl, Duration::ZERO);
     assert_eq!(corp.token_realms, ["auth.example:8443"]);
     let places = ["cdn.example", "10.0.0.0/8", "s3.example:9000"];
     let networks = config.trusted_networks == ["198.18.0.0/15"];
@@ -233,7 +233,7 @@ fn every_key_of_the_file_arrives() {
     assert_eq!(credentials.password.expose(), "p");
     // A section of a built-in upstream overrides it key by key.
     let hub = upstream(&config, "docker.io");
-    assert_eq!(hub.tag_ttl, Duration::from_hours(1));
+    assert_eq!(hub.rules.tag_ttl, Duration::from_hours(1));
     assert!(hub.library && hub.url.as_str() == "https://registry-1.docker.io/");
     assert!(!format!("{config:?}").contains("\"p\""));
 }
@@ -517,7 +517,7 @@ fn keys_to_come_are_unknown() {
         assert!(error.contains(": unknown key"), "{error}");
         assert!(!template().contains(&format!("\n#{name} =")));
         assert!(!reference().contains(&format!("`{name}`")));
-        assert!(!schema().contains(&format!("\"{name}\"")));
+        assert!(!schema().contains(&format!("\"{name}\":")));
     }
 }
 
@@ -588,7 +588,7 @@ fn variables_override_the_file_and_flags_both() {
     assert!(!hub.library);
     assert_eq!(hub.credentials.as_ref().unwrap().password.expose(), "p");
     assert_eq!(
-        upstream(&config, "my-reg:5000").tag_ttl,
+        upstream(&config, "my-reg:5000").rules.tag_ttl,
         Duration::from_hours(1)
     );
     let shown = case.shown();
@@ -817,4 +817,89 @@ fn what_is_noteworthy_is_noted() {
     fs::set_permissions(case.path("c.toml"), fs::Permissions::from_mode(0o600)).unwrap();
     assert_eq!(case.notes().len(), 4);
     assert!(Case::file("").notes().is_empty());
+}
+
+#[test]
+fn tags_have_rules_of_their_own() {
+    use crate::cache::freshness::{Lasting, OnDeleted};
+    let case = Case::file(
+        r#"
+        [upstreams."docker.io"]
+        stale_while_revalidate = "30s"
+        on_deleted = "serve"
+        [[upstreams."docker.io".tags]]
+        pattern = "latest"
+        ttl = "5s"
+        [[upstreams."docker.io".tags]]
+        pattern = '*-\d{8}'
+        immutable = true
+        "#,
+    );
+    let config = case.load();
+    let rules = &upstream(&config, "docker.io").rules;
+    assert_eq!(
+        rules.of("latest").lasting,
+        Lasting::For(Duration::from_secs(5))
+    );
+    assert_eq!(rules.of("app-20260821").lasting, Lasting::Ever);
+    assert_eq!(rules.of("v1").lasting, Lasting::For(Duration::from_mins(1)));
+    assert_eq!(
+        (rules.window, rules.on_deleted),
+        (Duration::from_secs(30), OnDeleted::Serve)
+    );
+    let again = Case::file(&case.shown());
+    assert_eq!(upstream(&again.load(), "docker.io").rules, *rules);
+
+    let name = "OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__TAGS";
+    let variable = Case::variables(
+        "offline = true",
+        &[(name, "latest=5s, *-\\d{8} = immutable")],
+    );
+    let config = variable.load();
+    assert_eq!(
+        upstream(&config, "docker.io").rules.patterns,
+        rules.patterns
+    );
+    assert!(config.offline && !upstream(&config, "docker.io").offline && !config.catalog);
+}
+
+#[test]
+fn bad_rules_for_tags_say_which_and_why() {
+    for (rules, what) in [
+        (
+            "\"latest\"",
+            "must be an array of { pattern = \"…\", ttl = \"…\" } or { pattern = \"…\", immutable = true }, found a string",
+        ),
+        (
+            "[\"latest\"]",
+            "rule 1 must be { pattern = \"…\", ttl = \"…\" } or { pattern = \"…\", immutable = true }, found a string",
+        ),
+        ("[{ ttl = \"1s\" }]", "rule 1 needs a pattern, as a string"),
+        (
+            "[{ pattern = \"a b\", ttl = \"1s\" }]",
+            "rule 1 has the bad pattern \"a b\": ' ' is in no tag: a pattern is made of a tag's own characters, *, ?, \\d, + and {n}",
+        ),
+        (
+            "[{ pattern = \"a\", ttl = \"soon\" }]",
+            "rule 1 has a bad duration \"soon\": write it like \"10s\", \"1m\" or \"1h30m\"",
+        ),
+        (
+            "[{ pattern = \"a\" }]",
+            "rule 1 must be { pattern = \"…\", ttl = \"…\" } or { pattern = \"…\", immutable = true }",
+        ),
+        (
+            "[{ pattern = \"a\", ttl = \"1s\", immutable = true }]",
+            "rule 1 must be { pattern = \"…\", ttl = \"…\" } or { pattern = \"…\", immutable = true }",
+        ),
+        (
+            "[{ pattern = \"a\", immutable = true }, { patern = \"b\" }]",
+            "rule 2 has the unknown key \"patern\"; did you mean \"pattern\"?",
+        ),
+    ] {
+        let case = Case::file(&format!("upstreams.\"quay.io\".tags = {rules}"));
+        assert_eq!(
+            case.error(),
+            format!("c.toml:1: key \"upstreams.quay.io.tags\": {what}")
+        );
+    }
 }

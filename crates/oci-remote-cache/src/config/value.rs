@@ -12,6 +12,7 @@ use url::Url;
 
 use super::hosts::{read_host, read_host_or_network, read_name, read_network, read_url};
 use super::keys::Kind;
+use super::tags::{self, TagRule};
 use super::units::{duration_text, parse_duration, parse_size, size_text};
 use crate::policy::rules::Rule;
 use crate::secret::Secret;
@@ -58,6 +59,8 @@ pub(super) enum Value {
     Texts(Vec<String>),
     /// Where a secret is.
     Secret(SecretSource),
+    /// How long tags of some patterns last.
+    TagRules(Vec<TagRule>),
 }
 
 /// Where a secret's text comes from.
@@ -80,19 +83,30 @@ pub(super) trait Typed: Clone {
 impl Written {
     /// An environment variable's text in the shape that `kind` wants.
     pub(super) fn from_variable(kind: Kind, text: &str) -> Self {
-        let is_list = matches!(
-            kind,
+        let items = text.split(',').map(str::trim);
+        let items = items.filter(|item| !item.is_empty());
+        match kind {
             Kind::Urls
-                | Kind::Names
-                | Kind::Hosts
-                | Kind::HostsOrNetworks
-                | Kind::Networks
-                | Kind::Rules
-        );
-        if is_list {
-            let items = text.split(',').map(str::trim);
-            let items = items.filter(|item| !item.is_empty());
-            return Self::List(items.map(|item| Self::Text(item.to_owned())).collect());
+            | Kind::Names
+            | Kind::Hosts
+            | Kind::HostsOrNetworks
+            | Kind::Networks
+            | Kind::Rules => {
+                return Self::List(items.map(|item| Self::Text(item.to_owned())).collect());
+            }
+            Kind::TagRules => return Self::List(items.map(tags::from_variable).collect()),
+            Kind::Address
+            | Kind::Path
+            | Kind::UpstreamName
+            | Kind::LogFilter
+            | Kind::Size
+            | Kind::Duration
+            | Kind::Flag
+            | Kind::Count
+            | Kind::Url
+            | Kind::Username
+            | Kind::Secret
+            | Kind::Choice(_) => {}
         }
         // What does not read as a flag or number is left as text, which its key then refuses.
         let flag = (kind == Kind::Flag).then(|| text.parse().ok()).flatten();
@@ -161,6 +175,7 @@ impl Value {
             Kind::Rules => written.items(read_rule).map(Self::Texts),
             Kind::Username => read_username(written.text("a string")?).map(Self::Text),
             Kind::Secret => read_secret(written).map(Self::Secret),
+            Kind::TagRules => tags::read(written).map(Self::TagRules),
             Kind::Choice(words) => read_choice(words, written.text("a string")?),
         }
     }
@@ -179,6 +194,7 @@ impl Value {
             Self::Urls(urls) => array(urls.iter().map(url_text)),
             Self::Texts(texts) => array(texts.iter()),
             Self::Secret(_) => quoted("***"),
+            Self::TagRules(rules) => tags::literal(rules),
         }
     }
 }
@@ -205,6 +221,7 @@ typed!(
     Urls Vec<Url>,
     Texts Vec<String>,
     Secret SecretSource,
+    TagRules Vec<TagRule>,
 );
 
 const A_DURATION: &str = "a string like \"1m\"";

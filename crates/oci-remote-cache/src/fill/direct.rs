@@ -96,13 +96,18 @@ impl Alone {
         let (from, end) = rest;
         let check = match release {
             Release::Arrived => None,
-            Release::Verified => Some(self.state(fills, fill, from).await),
+            Release::Verified if self.size.is_some() => Some(self.state(fills, fill, from).await),
+            // Without a size there is no closed range to ask for: the blob comes from its beginning, and is hashed from there.
+            Release::Verified => Some(beginning(fill)),
         };
         let start = check.as_ref().map_or(from, |state| state.position);
-        let (stream, place) = match self.opened_at(start) {
+        let (mut stream, place) = match self.opened_at(start) {
             (Some(stream), place) => (stream, place),
             (None, place) => self.open(fills, fill, place, (start, end)).await?,
         };
+        if let Some(end) = end {
+            stream.stop_at(end);
+        }
         let wanted = fill.key.digest;
         let upstream = fill.key.upstream.clone();
         let check = check.map(|state| Check {
@@ -154,10 +159,7 @@ impl Alone {
 
     /// The hash state from which a reader at `from` can go on: the last one kept, carried forward over what the spool holds.
     async fn state(&self, fills: &Fills, fill: &Fill, from: u64) -> Checkpoint {
-        let zero = Checkpoint {
-            position: 0,
-            hasher: Hasher::new(fill.key.digest.algorithm()),
-        };
+        let zero = beginning(fill);
         let kept = self
             .hash
             .as_ref()
@@ -190,6 +192,14 @@ impl Alone {
             // The spool cannot be read any more: its bytes come from the upstream again, only to be hashed.
             Ok(Err(_)) | Err(_) => before,
         }
+    }
+}
+
+/// The hash of nothing yet.
+fn beginning(fill: &Fill) -> Checkpoint {
+    Checkpoint {
+        position: 0,
+        hasher: Hasher::new(fill.key.digest.algorithm()),
     }
 }
 

@@ -17,6 +17,12 @@ pub const SEGMENT: u64 = 8 << 20;
 /// The least that is worth taking over from a slower connection: 4 MiB.
 const SPLIT: u64 = 4 << 20;
 
+/// A connection that needs longer than this for the rest of its range is taken for one that crawls: 5 seconds.
+const LONG: u64 = 5;
+
+/// The least that is taken from a connection that crawls: 256 KiB.
+const CRUMB: u64 = 256 << 10;
+
 /// The most that may lie in sockets between an upstream and us: 4 MiB.
 const ON_THE_WAY: u64 = 4 << 20;
 
@@ -220,7 +226,7 @@ fn without(slice: Slice, taken: Slice) -> impl Iterator<Item = Slice> {
         .filter(|part| part.start < part.end)
 }
 
-/// Nothing is left to hand out, but a connection is free: it takes the second half of the longest rest.
+/// Nothing is left to hand out, but a connection is free: it takes a part of the rest that would come last.
 fn straggler(view: &View<'_>) -> Option<Step> {
     let busy = view.active.len();
     if view.size <= SMALL
@@ -230,26 +236,28 @@ fn straggler(view: &View<'_>) -> Option<Step> {
     {
         return None;
     }
+    let slowest = |(_, active): &(usize, Active)| active.seconds_left();
     let (from, active) = view
         .active
         .iter()
         .copied()
         .enumerate()
-        .max_by_key(|(_, active)| active.end - active.position)?;
-    // What is in the socket already comes anyway, and would come twice.
+        .max_by_key(slowest)?;
     let rate = active.rate?;
+    // What is in the socket already comes anyway, and would come twice.
     let on_the_way = rate.min(ON_THE_WAY);
     let rest = active.end.saturating_sub(active.position + on_the_way);
-    // A rest that its own connection brings within a second is not worth another request.
-    if rest < 2 * SPLIT || rest <= rate {
+    let crawls = view.share > 1 && active.seconds_left() > Some(LONG);
+    // A rest that its own connection brings soon is not worth another request.
+    if rest < (if crawls { CRUMB } else { 2 * SPLIT }) || active.seconds_left() <= Some(1) {
         return None;
     }
-    let share = if from_front(view, active) {
-        SEGMENT.min(rest / 2)
-    } else {
-        rest / 2
+    let kept = match rest {
+        _ if crawls && rest <= SEGMENT => 0,
+        _ if from_front(view, active) => SEGMENT.min(rest / 2),
+        _ => rest / 2,
     };
-    let start = active.position + on_the_way + share;
+    let start = active.position + on_the_way + kept;
     let end = if view.share > 1 {
         active.end.min(start + SEGMENT)
     } else {
@@ -259,6 +267,15 @@ fn straggler(view: &View<'_>) -> Option<Step> {
         from,
         slice: Slice { start, end },
     })
+}
+
+impl Active {
+    /// How long its rest takes at its rate: `None`, the least, when it is too new to tell; the most when it pauses.
+    fn seconds_left(self) -> Option<u64> {
+        let rest = self.end.saturating_sub(self.position);
+        self.rate
+            .map(|rate| rest.checked_div(rate).unwrap_or(u64::MAX))
+    }
 }
 
 /// Whether this connection still has nearly the whole blob before it: the first plain GET, of which others take segments in order.

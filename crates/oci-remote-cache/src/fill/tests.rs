@@ -164,6 +164,7 @@ fn connected(id: &UpstreamId, registry: &Registry, metrics: &Metrics) -> Arc<Ups
         ca_file: None,
         own_addresses: Vec::new(),
         user_agent: "oci-remote-cache/test".into(),
+        offline: upstream::Offline::default(),
     };
     Arc::new(Upstream::new(settings, metrics.clone(), Clock::system()).unwrap())
 }
@@ -869,8 +870,20 @@ async fn one_piece_read(bench: &Bench, blob: &Content) {
         .read_slices(open, &[slice], (wish, Release::Arrived), &blob.data)
         .await;
     assert!(seen.is_complete(), "{seen:?}");
-    let sent = bench.sent();
-    assert_eq!(sent, 4 * MIB, "more than was asked for");
+    assert_eq!(bench.sent(), 4 * MIB, "more than was asked for");
+    // The list is written after the bytes are given; half a minute will be over at once.
+    let list = bench.store.layout().spool_dir().join(format!(
+        "sha256-{}-{:08x}.pieces",
+        blob.digest.hex(),
+        crc32fast::hash(b"up")
+    ));
+    let noted = async || {
+        while std::fs::read_to_string(&list).unwrap().lines().count() < 2 {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let noted = timeout(Duration::from_secs(5), noted()).await;
+    assert!(noted.is_ok(), "the piece is not written down");
 }
 
 /// A fill that nobody reads is set aside after half a minute, and its pieces are what the next one begins with.

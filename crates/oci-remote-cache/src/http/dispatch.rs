@@ -38,6 +38,7 @@ pub struct Registry {
     names: Names,
     aside: Aside,
     gate: Gate,
+    catalog: Catalog,
 }
 
 /// Who may come in, and to what.
@@ -47,6 +48,13 @@ pub struct Gate {
     pub doorman: Doorman,
     /// Says what they may do.
     pub rules: Rules,
+}
+
+/// Whether the names of cached repositories are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Catalog {
+    Hidden,
+    Listed,
 }
 
 /// A request for something of a repository that its client may ask for.
@@ -81,6 +89,16 @@ impl Registry {
             names,
             aside,
             gate,
+            catalog: Catalog::Hidden,
+        }
+    }
+
+    /// Lists the repositories of which something is cached.
+    #[must_use]
+    pub fn with_catalog(self) -> Self {
+        Self {
+            catalog: Catalog::Listed,
+            ..self
         }
     }
 
@@ -130,7 +148,7 @@ impl Registry {
     ) -> Response<Body> {
         let kind = kind(&route.target);
         let Some(name) = name(&route.target) else {
-            return self.nameless(&route.target, kind, &client);
+            return self.nameless(&route, kind, &client).await;
         };
         let resolved =
             match self
@@ -185,17 +203,22 @@ impl Registry {
     ///
     /// The ping is where containers/image and Docker learn that they should log in, so it asks for that also where some repositories are
     /// for everyone: they go on without, if they have nothing to show.
-    fn nameless(&self, target: &Target, kind: &'static str, client: &Client) -> Response<Body> {
-        if !matches!(target, Target::Base) {
-            return refused(
-                Problem::not_found(ErrorCode::Unsupported, "the catalog is not served"),
-                kind,
-            );
+    async fn nameless(&self, route: &Route, kind: &'static str, client: &Client) -> Response<Body> {
+        let Target::Catalog { page } = &route.target else {
+            if client.name.is_none() && self.gate.rules.door() == Door::Kept {
+                return refused(unauthorized("log in to this cache"), kind);
+            }
+            return with_outcome(base(), Outcome::none(kind));
+        };
+        if self.catalog == Catalog::Hidden {
+            let message = "the catalog is not served: see `catalog` in the configuration";
+            return refused(Problem::not_found(ErrorCode::Unsupported, message), kind);
         }
-        if client.name.is_none() && self.gate.rules.door() == Door::Kept {
-            return refused(unauthorized("log in to this cache"), kind);
+        let whom = (&self.gate.rules, client);
+        match listing::catalog(&self.cache, whom, route, page).await {
+            Ok(response) => with_outcome(response, Outcome::none(kind)),
+            Err(problem) => refused(problem, kind),
         }
-        with_outcome(base(), Outcome::none(kind))
     }
 }
 

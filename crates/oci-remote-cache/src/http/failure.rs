@@ -16,6 +16,9 @@ use crate::policy::{Refusal, Unknown};
 /// What clients are told to wait when nobody told us.
 const SOON: Duration = Duration::from_secs(5);
 
+/// The same while an operator has switched asking off: that may take a while.
+const SWITCHED_OFF: Duration = Duration::from_mins(1);
+
 /// Retry-After values are spread over this many seconds, so that a herd does not come back as one.
 const SPREAD: u64 = 5;
 
@@ -88,6 +91,7 @@ fn of_upstream(error: &UpstreamError) -> Problem {
         Fault::NotFound { .. } => Problem::not_found(ErrorCode::NameUnknown, message),
         Fault::Denied { .. } => Problem::denied(message),
         Fault::RateLimited { retry_after } => Problem::too_many_requests(message, *retry_after),
+        Fault::Offline => Problem::unavailable(message, SWITCHED_OFF),
         Fault::BreakerOpen { retry_after } => Problem::unavailable(message, *retry_after),
         Fault::Late | Fault::Stalled => Problem::gateway_timeout(message),
         Fault::Connect(_) | Fault::Broken(_) | Fault::TokenFailed(_) => {

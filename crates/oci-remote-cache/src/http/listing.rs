@@ -11,11 +11,16 @@ use super::body::Body;
 use super::dispatch::{Answer, Request, set};
 use super::failure;
 use super::problem::Problem;
+use crate::cache::Cache;
 use crate::cache::listing::{Content, List, Listing};
+use crate::policy::{Client, Rules};
 use crate::verdict::Verdict;
 
 /// The specification's mark that the upstream filtered by artifact type.
 const OCI_FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
+
+/// Names on a page of the catalog whose size nobody set.
+const CATALOG_PAGE: u32 = 1000;
 
 /// What a query value may hold as it is.
 const QUERY: &AsciiSet = &NON_ALPHANUMERIC
@@ -62,6 +67,36 @@ pub async fn referrers(
     Ok(said(response, verdict))
 }
 
+/// Answers `_catalog`: what is cached, under the names by which clients ask for it here.
+pub async fn catalog(
+    cache: &Cache,
+    whom: (&Rules, &Client),
+    route: &Route,
+    page: &Page,
+) -> Result<Response<Body>, Problem> {
+    let most = page.n.unwrap_or(CATALOG_PAGE);
+    let after = page.last.as_deref().unwrap_or_default();
+    let found = cache
+        .repositories(whom, after, most.saturating_add(1))
+        .await;
+    let mut names = found.map_err(|error| failure::of_cache(&error))?;
+    let more = names.len() > most as usize;
+    names.truncate(most as usize);
+    let body = serde_json::json!({ "repositories": names }).to_string();
+    let mut response = Response::new(Body::memory(body));
+    set(response.headers_mut(), CONTENT_TYPE, "application/json");
+    if let Some(last) = names.pop().filter(|_| more) {
+        let next = Page {
+            n: Some(most),
+            last: Some(last),
+            next: None,
+        };
+        let link = format!("</v2/_catalog?{}>; rel=\"next\"", query(route, &next, None));
+        set(response.headers_mut(), LINK, &link);
+    }
+    Ok(response)
+}
+
 async fn list(
     request: &Request<'_>,
     list: List,
@@ -74,12 +109,11 @@ async fn list(
 }
 
 fn said(mut response: Response<Body>, verdict: Verdict) -> Answer {
-    if let Verdict::Stale(why) = verdict {
-        set(
-            response.headers_mut(),
-            WARNING,
-            &format!("299 - \"served from cache: upstream {}\"", why.as_str()),
-        );
+    if let Verdict::Stale(why) = verdict
+        && let Some(why) = why.warning()
+    {
+        let text = format!("299 - \"served from cache: {why}\"");
+        set(response.headers_mut(), WARNING, &text);
     }
     Answer::new(response, verdict)
 }

@@ -78,13 +78,12 @@ fn describe(response: &mut Response<Body>, manifest: &ManifestAnswer, reference:
     if let Some(age) = manifest.age {
         set(headers, AGE, &age.as_secs().to_string());
     }
-    if let Verdict::Stale(why) = manifest.verdict {
+    if let Verdict::Stale(why) = manifest.verdict
+        && let Some(why) = why.warning()
+    {
         let age = manifest.age.unwrap_or_default().as_secs();
         // podman prints it to its user.
-        let text = format!(
-            "299 - \"served from cache, last checked {age} s ago: upstream {}\"",
-            why.as_str()
-        );
+        let text = format!("299 - \"served from cache, last checked {age} s ago: {why}\"");
         set(headers, WARNING, &text);
     }
 }

@@ -187,7 +187,9 @@ impl Store {
 
     /// Tries to free `bytes`, for a write that found the disk full; says whether it did.
     pub async fn make_room(&self, bytes: u64) -> bool {
-        self.evict(bytes).await.bytes >= bytes
+        // What cannot be enough is not thrown away in vain.
+        let free: u64 = self.shared.usage.parked_bytes() + self.shared.usage.blob_bytes();
+        free >= bytes && self.evict(bytes).await.bytes >= bytes
     }
 
     /// Removes a blob, whoever reads it; says whether it was there.

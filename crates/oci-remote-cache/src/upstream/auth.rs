@@ -15,13 +15,12 @@ use tokio::time::Instant;
 use url::Url;
 
 use super::connect::{Door, Lane};
-use super::credentials::Credentials;
-use super::error::{Failure, Fault};
+use super::credentials::{self, Credentials};
+use super::error::{Failure, Fault, Refused};
 use super::exchange::{Call, Reply};
 use super::place::Place;
 use super::request::Ask;
 use super::token::{Token, Wanted};
-use super::{credentials, rate};
 use crate::deadline::Deadline;
 use crate::names::CredentialId;
 use crate::secret::Secret;
@@ -61,6 +60,8 @@ pub(super) struct Session<'a> {
     carried: Carried,
     /// The one new token (or password) of this session was asked for.
     spent: Spent,
+    /// The registry itself said 401 to our password.
+    password_refused: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -112,6 +113,7 @@ impl<'a> Session<'a> {
             credentials: place.credentials(ask).await?,
             carried: Carried::Nothing,
             spent: Spent::Nothing,
+            password_refused: false,
         })
     }
 
@@ -128,6 +130,16 @@ impl<'a> Session<'a> {
         self.credentials
             .as_ref()
             .map_or_else(CredentialId::anonymous, |held| held.id.clone())
+    }
+
+    /// Whom a refusal of the last answer meant.
+    pub(super) fn refused(&self) -> Refused {
+        match (self.credentials.is_some(), self.spent) {
+            (true, _) if self.password_refused => Refused::Login,
+            (true, Spent::Token | Spent::TokenAndScope) => Refused::Rights,
+            (true, Spent::Nothing) if !self.credential().is_anonymous() => Refused::Rights,
+            (true | false, _) => Refused::Anonymous,
+        }
     }
 
     /// Picks up what the registry is known to want, before the first send.
@@ -181,8 +193,10 @@ impl<'a> Session<'a> {
                 self.place.tokens.forget(&token);
                 return Ok(!fresh);
             }
-            Carried::Password if !fresh => return Ok(true),
-            Carried::Password => return Ok(false),
+            Carried::Password => {
+                self.password_refused = true;
+                return Ok(!fresh);
+            }
             Carried::Nothing if fresh => return Ok(false),
             Carried::Nothing => {}
         }
@@ -315,10 +329,9 @@ impl<'a> Session<'a> {
         } else {
             place.breaker.answered();
         }
-        place.note_rate(&reply);
+        place.note_rate(&reply, &self.credential());
         if reply.status() == 429 {
-            let retry_after = place.wire.retry_after(&reply).unwrap_or(rate::UNSAID);
-            place.gate.close(retry_after, Instant::now());
+            let retry_after = place.close(&reply);
             return Err(Fault::RateLimited { retry_after }.into());
         }
         Ok(reply)

@@ -49,6 +49,8 @@ pub enum Fault {
         status: u16,
         /// The code in the registry's error body.
         code: Option<String>,
+        /// Who was denied it.
+        refused: Refused,
     },
     /// 404 or 410.
     NotFound {
@@ -69,6 +71,19 @@ pub enum Fault {
     TooLarge,
     /// The body is encoded, though only `identity` was asked for.
     Encoded(String),
+    /// The operator has switched asking off.
+    Offline,
+}
+
+/// Whom an upstream denies access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Refused {
+    /// Anyone: we came without a credential.
+    Anonymous,
+    /// Us: it does not take our own credential, whatever is asked for.
+    Login,
+    /// Us: it knows our credential, which does not open this.
+    Rights,
 }
 
 /// An upstream that cannot be set up as configured.
@@ -163,7 +178,8 @@ impl UpstreamError {
             | Fault::Forbidden(_)
             | Fault::TokenFailed(_)
             | Fault::TooLarge
-            | Fault::Encoded(_) => self.retry_after,
+            | Fault::Encoded(_)
+            | Fault::Offline => self.retry_after,
         }
     }
 }
@@ -179,6 +195,7 @@ impl Fault {
             | Self::RateLimited { .. }
             | Self::BreakerOpen { .. }
             | Self::Expired
+            | Self::Offline
             | Self::TokenFailed(_) => true,
             Self::Status(status) => *status >= 500 || *status == 408,
             Self::Denied { .. }
@@ -200,6 +217,7 @@ impl Fault {
             | Self::BreakerOpen { .. } => Why::Unreachable,
             Self::RateLimited { .. } => Why::RateLimited,
             Self::TokenFailed(_) => Why::TokenFailed,
+            Self::Offline => Why::Offline,
             Self::TooLarge => Why::TooLarge,
             Self::Status(_)
             | Self::Denied { .. }
@@ -230,8 +248,13 @@ impl fmt::Display for Fault {
                     "it failed too often in a row, asking again in {retry_after:?}"
                 )
             }
-            Self::Denied { status, code } => {
-                write!(f, "it denied access ({status}{})", Code(code.as_deref()))
+            Self::Denied {
+                status,
+                code,
+                refused,
+            } => {
+                let code = Code(code.as_deref());
+                write!(f, "it {refused} ({status}{code})")
             }
             Self::NotFound { code } => write!(f, "it has no such thing{}", Code(code.as_deref())),
             Self::RangeRefused => f.write_str("it says the range lies outside the content"),
@@ -246,7 +269,18 @@ impl fmt::Display for Fault {
                 f,
                 "it encoded the answer ({coding}) though identity was asked for"
             ),
+            Self::Offline => f.write_str("asking it is switched off (`offline`)"),
         }
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Anonymous => "denied access",
+            Self::Login => "does not take our own credential",
+            Self::Rights => "denied access to our own credential",
+        })
     }
 }
 
@@ -273,7 +307,7 @@ impl fmt::Display for Code<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Failure, Fault, UpstreamError};
+    use super::{Failure, Fault, Refused, UpstreamError};
     use crate::names::UpstreamId;
 
     #[test]
@@ -284,6 +318,7 @@ mod tests {
             Failure::from(Fault::Denied {
                 status: 403,
                 code: Some("DENIED".into()),
+                refused: Refused::Anonymous,
             }),
         );
         assert_eq!(

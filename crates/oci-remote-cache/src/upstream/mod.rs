@@ -17,6 +17,8 @@ mod hosts;
 mod inward;
 mod keyring;
 mod logins;
+mod meter;
+mod offline;
 mod place;
 mod rate;
 mod redirect;
@@ -30,10 +32,12 @@ mod walk;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use oci::RepositoryName;
 use reqwest::Certificate;
 use reqwest::header::HeaderValue;
+use tokio::time::Instant;
 use url::Url;
 
 use self::auth::Learned;
@@ -43,6 +47,7 @@ use self::connect::Reach;
 use self::error::Failure;
 use self::exchange::Wire;
 use self::guard::{Class, Rules};
+use self::meter::Meter;
 use self::place::Place;
 use self::rate::Gate;
 use self::retry::{Decision, Tries};
@@ -55,12 +60,14 @@ use crate::names::{CredentialId, UpstreamId};
 pub use self::body::{Answer, Body};
 pub use self::connect::install_crypto;
 pub use self::credentials::{Credentials, Identity};
-pub use self::error::{Fault, SetupError, UpstreamError};
+pub use self::error::{Fault, Refused, SetupError, UpstreamError};
 pub use self::hosts::{HostError, HostOrNetwork, Network, RealmHost};
 #[cfg(fuzzing)]
 pub use self::inward::try_leading_inward;
 pub use self::keyring::{Keyring, Login, Password};
 pub use self::logins::{LoginFile, Logins};
+pub use self::meter::Strain;
+pub use self::offline::{Offline, Switch};
 pub use self::request::{Ask, Method, Resource};
 
 /// What an operator configured for one upstream.
@@ -86,11 +93,14 @@ pub struct Settings {
     pub own_addresses: Vec<SocketAddr>,
     /// What we call ourselves.
     pub user_agent: String,
+    /// Whether it may be asked.
+    pub offline: Offline,
 }
 
 /// A registry to pull from.
 pub struct Upstream {
     id: UpstreamId,
+    offline: Offline,
     places: Vec<Place>,
     metrics: Metrics,
 }
@@ -118,6 +128,7 @@ impl Upstream {
         }
         Ok(Self {
             id: settings.id,
+            offline: settings.offline,
             places,
             metrics,
         })
@@ -135,6 +146,33 @@ impl Upstream {
             .map_or_else(CredentialId::anonymous, |place| {
                 place.keyring.credential(repository)
             })
+    }
+
+    /// The switch that keeps it from being asked.
+    pub fn offline(&self) -> &Offline {
+        &self.offline
+    }
+
+    /// How far its rate limit for this repository's credential is used up. Mirrors have limits of their own, and are not what is spared.
+    pub fn strain(&self, repository: &RepositoryName) -> Strain {
+        self.places.first().map_or(Strain::Easy, |place| {
+            let now = place.wire.clock.now();
+            place
+                .meter
+                .strain(&place.keyring.credential(repository), now)
+        })
+    }
+
+    /// The credential whose rate limit is used up most.
+    pub fn worst_strain(&self) -> (CredentialId, Strain) {
+        let place = self.places.first();
+        let worst = place.and_then(|place| place.meter.worst(place.wire.clock.now()));
+        worst.unwrap_or_else(|| (CredentialId::anonymous(), Strain::Easy))
+    }
+
+    /// How long a 429 keeps us from asking it; nothing when it does not.
+    pub fn closed_for(&self) -> Option<Duration> {
+        self.places.first()?.gate.closed_for(Instant::now())
     }
 
     /// How many places there are to ask: the URL and its mirrors.
@@ -218,6 +256,8 @@ fn open(
         learned: Learned::new(),
         tokens: Tokens::default(),
         gate: Gate::default(),
+        meter: Meter::default(),
+        offline: settings.offline.clone(),
         breaker: Breaker::default(),
     })
 }

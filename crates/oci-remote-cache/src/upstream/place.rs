@@ -3,6 +3,7 @@
 //! A mirror is somebody else's machine: it never sees the upstream's credentials, and its failures and limits are its own.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 use url::Url;
@@ -15,10 +16,13 @@ use super::error::{Failure, Fault, SetupError};
 use super::exchange::{Reply, Wire};
 use super::hosts::RealmHost;
 use super::keyring::Keyring;
+use super::meter::{Meter, Reading};
+use super::offline::Offline;
 use super::rate::{self, Gate};
 use super::request::Ask;
 use super::token::Tokens;
 use crate::metrics::UpstreamLabel;
+use crate::names::CredentialId;
 
 /// Where requests go, and what was learned there.
 #[derive(Debug)]
@@ -31,6 +35,8 @@ pub(super) struct Place {
     pub(super) learned: Learned,
     pub(super) tokens: Tokens,
     pub(super) gate: Gate,
+    pub(super) meter: Meter,
+    pub(super) offline: Offline,
     pub(super) breaker: Breaker,
 }
 
@@ -43,8 +49,11 @@ impl Place {
         }
     }
 
-    /// Lets a request pass, unless the place wants to be left alone.
+    /// Lets a request pass, unless the place wants to be left alone, or the operator wants it so.
     pub(super) fn enter(&self) -> Result<(), Failure> {
+        if self.offline.is_on() {
+            return Err(Fault::Offline.into());
+        }
         let now = Instant::now();
         if let Some(retry_after) = self.gate.closed_for(now) {
             return Err(Fault::RateLimited { retry_after }.into());
@@ -54,19 +63,34 @@ impl Place {
             .map_err(|retry_after| Fault::BreakerOpen { retry_after }.into())
     }
 
-    /// Keeps what an answer says about the requests left.
-    pub(super) fn note_rate(&self, reply: &Reply) {
-        let Some(left) = reply
-            .header("ratelimit-remaining")
-            .and_then(rate::remaining)
-        else {
-            return;
-        };
+    /// Keeps what an answer to `credential` says about the requests left.
+    pub(super) fn note_rate(&self, reply: &Reply, credential: &CredentialId) {
+        let limit = reply.header("ratelimit-limit");
+        if let Some(reading) = Reading::of(limit, reply.header("ratelimit-remaining")) {
+            let source = reply.header("docker-ratelimit-source");
+            let Wire {
+                id, clock, metrics, ..
+            } = &self.wire;
+            let (whose, said) = ((id, credential), (reading, source));
+            self.meter.note(whose, said, clock.now(), metrics);
+        }
+    }
+
+    /// Leaves the place alone after a 429 that says when to come back, perhaps. Returns how long.
+    pub(super) fn close(&self, reply: &Reply) -> Duration {
+        let wait = self.wire.retry_after(reply).unwrap_or(rate::UNSAID);
+        self.gate.close(wait, Instant::now());
         let label = UpstreamLabel {
             upstream: self.wire.id.as_str().to_owned(),
         };
-        let gauge = self.wire.metrics.rate_remaining.get_or_create(&label);
-        gauge.set(left);
+        let until = self.wire.clock.now().seconds();
+        let until = until.saturating_add(i64::try_from(wait.as_secs()).unwrap_or(i64::MAX));
+        self.wire
+            .metrics
+            .rate_closed
+            .get_or_create(&label)
+            .set(until);
+        wait
     }
 }
 

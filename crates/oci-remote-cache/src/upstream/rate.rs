@@ -1,6 +1,7 @@
-//! Rate limits: what `Retry-After` and `ratelimit-remaining` say, and the gate that keeps every request away until the time has come.
+//! Rate limits: what `Retry-After` says, and the gate that keeps every request away until the time has come.
 //!
-//! A gate belongs to one place with its one credential; all requests to it share it, so that a 429 is asked for once.
+//! A gate belongs to one place with its one credential; all requests to it share it, so that a 429 is asked for once. What is left
+//! before that is `meter.rs`'s.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -57,18 +58,13 @@ pub(super) fn retry_after(value: &str, now: Timestamp) -> Option<Duration> {
     Some(wait.clamp(SHORTEST, LONGEST))
 }
 
-/// Reads `ratelimit-remaining`, for example `98;w=21600`.
-pub(super) fn remaining(value: &str) -> Option<i64> {
-    value.split(';').next()?.trim().parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
     use tokio::time::Instant;
 
-    use super::{Gate, remaining, retry_after};
+    use super::{Gate, retry_after};
     use crate::clock::Timestamp;
 
     #[test]
@@ -93,13 +89,6 @@ mod tests {
             let read = retry_after(value, now).map(|wait| wait.as_secs());
             assert_eq!(read, seconds, "{value:?}");
         }
-    }
-
-    #[test]
-    fn remaining_is_the_first_number() {
-        assert_eq!(remaining("98;w=21600"), Some(98));
-        assert_eq!(remaining("0"), Some(0));
-        assert_eq!(remaining("many"), None);
     }
 
     #[test]

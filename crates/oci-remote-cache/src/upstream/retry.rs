@@ -118,7 +118,8 @@ fn is_passing(fault: &Fault) -> bool {
         | Fault::Forbidden(_)
         | Fault::TokenFailed(_)
         | Fault::TooLarge
-        | Fault::Encoded(_) => false,
+        | Fault::Encoded(_)
+        | Fault::Offline => false,
     }
 }
 

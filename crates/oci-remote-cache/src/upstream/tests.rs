@@ -54,6 +54,7 @@ impl Bench {
             ca_file: None,
             own_addresses: Vec::new(),
             user_agent: "oci-remote-cache/test".into(),
+            offline: super::Offline::default(),
         }
     }
 
@@ -278,6 +279,7 @@ async fn a_plain_403_is_final() {
     let expected = Fault::Denied {
         status: 403,
         code: Some("DENIED".into()),
+        refused: super::Refused::Anonymous,
     };
     assert_eq!(fault(&bench.upstream(), &tag("v1")).await, expected);
     assert_eq!(bench.registry.count(Kind::Manifest), 1);
@@ -292,6 +294,31 @@ async fn a_token_endpoint_that_denies_has_the_last_word() {
     bench.registry.script(Kind::Token, denied);
     let denied = fault(&bench.upstream(), &tag("v1")).await;
     assert!(matches!(denied, Fault::Denied { status: 403, .. }));
+    let robot = fault(&bench.with(bench.robot()), &tag("v1")).await;
+    assert!(
+        matches!(
+            robot,
+            Fault::Denied {
+                refused: super::Refused::Rights,
+                ..
+            }
+        ),
+        "{robot:?}"
+    );
+    bench.registry.clear_scripts();
+    let wrong = faults::error(401, "UNAUTHORIZED", &[]);
+    bench.registry.script(Kind::Token, wrong);
+    let robot = fault(&bench.with(bench.robot()), &tag("v1")).await;
+    assert!(
+        matches!(
+            robot,
+            Fault::Denied {
+                refused: super::Refused::Login,
+                ..
+            }
+        ),
+        "{robot:?}"
+    );
     bench.registry.clear_scripts();
     let broken = faults::error(500, "UNKNOWN", &[]);
     bench.registry.script(Kind::Token, broken);

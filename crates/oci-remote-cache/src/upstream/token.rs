@@ -16,7 +16,7 @@ use url::{Url, form_urlencoded};
 
 use super::connect::{Door, Lane};
 use super::credentials::Credentials;
-use super::error::{Failure, Fault};
+use super::error::{Failure, Fault, Refused};
 use super::exchange::{Call, Reply, Whole, Wire};
 use super::redirect::{Origin, Trail};
 use super::retry::{Decision, Tries};
@@ -327,7 +327,7 @@ async fn ask(
     if let Some(call) = wanted.post_call() {
         let reply = wire.send(door, call, deadline).await?;
         if !matches!(reply.status(), 400 | 401 | 404 | 405) {
-            return judged(reply, wire);
+            return judged(reply, wanted, wire);
         }
     }
     let mut reply = wire.send(door, wanted.get_call(), deadline).await?;
@@ -344,14 +344,23 @@ async fn ask(
         }
         reply = wire.send(door, call, deadline).await?;
     }
-    judged(reply, wire)
+    judged(reply, wanted, wire)
 }
 
-fn judged(reply: Reply, wire: &Wire) -> Result<Reply, Failure> {
+fn judged(reply: Reply, wanted: &Wanted, wire: &Wire) -> Result<Reply, Failure> {
     let retry_after = wire.retry_after(&reply);
     let fault = match reply.status() {
         200 => return Ok(reply),
-        status @ (401 | 403) => Fault::Denied { status, code: None },
+        status @ (401 | 403) => Fault::Denied {
+            status,
+            code: None,
+            // GitHub's endpoint answers 403 to good credentials for what they do not open.
+            refused: match (status, &wanted.credentials) {
+                (_, None) => Refused::Anonymous,
+                (401, Some(_)) => Refused::Login,
+                (_, Some(_)) => Refused::Rights,
+            },
+        },
         429 => Fault::RateLimited {
             retry_after: retry_after.unwrap_or(super::rate::UNSAID),
         },

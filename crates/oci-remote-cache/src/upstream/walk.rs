@@ -8,7 +8,7 @@ use url::Url;
 
 use super::auth::{Session, realm};
 use super::body::{Answer, Head, Label};
-use super::error::{Failure, Fault};
+use super::error::{Failure, Fault, Refused};
 use super::exchange::{Call, Reply};
 use super::place::Place;
 use super::redirect::{Origin, Trail};
@@ -40,6 +40,7 @@ struct Arrived {
     speaker: Speaker,
     asked: Asked,
     credential: CredentialId,
+    refused: Refused,
 }
 
 /// A token for a registry that a redirect led to.
@@ -106,6 +107,7 @@ async fn walk(place: &Place, ask: &Ask, deadline: Deadline) -> Result<Arrived, F
             Asked::AsIs
         },
         credential: session.credential(),
+        refused: session.refused(),
         reply,
     })
 }
@@ -190,7 +192,7 @@ async fn settle(
         (Asked::FirstByte, 200 | 206 | 416) => Some(probed_length(reply)?),
         (Asked::AsIs, 200) => None,
         (Asked::AsIs, 206) if ask.range.is_some() => None,
-        _ => return Err(refused(arrived.reply, place, ask, deadline).await),
+        _ => return Err(refused(arrived, place, ask, deadline).await),
     };
     check_coding(reply)?;
     let method = match arrived.asked {
@@ -206,7 +208,8 @@ async fn settle(
     Ok(Answer::new(head, arrived.reply.response, label.clone()))
 }
 
-async fn refused(reply: Reply, place: &Place, ask: &Ask, deadline: Deadline) -> Failure {
+async fn refused(arrived: Arrived, place: &Place, ask: &Ask, deadline: Deadline) -> Failure {
+    let reply = arrived.reply;
     let retry_after = place.wire.retry_after(&reply);
     let status = reply.status();
     let fault = match status {
@@ -215,6 +218,7 @@ async fn refused(reply: Reply, place: &Place, ask: &Ask, deadline: Deadline) -> 
             Fault::Denied {
                 status,
                 code: code(reply, ask, deadline).await,
+                refused: arrived.refused,
             }
         }
         404 | 410 => Fault::NotFound {

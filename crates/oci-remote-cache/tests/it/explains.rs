@@ -339,7 +339,7 @@ async fn what_is_left_of_a_rate_limit_is_a_metric() {
         faults::status(200, &headers, image.manifest.data.clone()),
     );
     assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
-    let line = "oci_remote_cache_upstream_ratelimit_remaining{upstream=\"up\"} 42";
+    let line = "oci_remote_cache_upstream_ratelimit_remaining{upstream=\"up\",credential=\"anonymous\"} 42";
     let page = cache.metrics().await;
     assert!(page.lines().any(|found| found == line), "{page}");
     cache.check_invariants().await;

@@ -24,6 +24,8 @@ mod explains;
 #[cfg(test)]
 mod floors;
 #[cfg(test)]
+mod freshness;
+#[cfg(test)]
 mod leaks;
 #[cfg(test)]
 mod listings;

@@ -282,6 +282,13 @@ impl Catalog {
         public.get(source).copied()
     }
 
+    /// Every repository that is suspended for a credential. From memory.
+    pub fn suspended(&self) -> Vec<(Source, CredentialId)> {
+        let suspended = &self.inner.remembered.suspended;
+        let suspended = suspended.lock().unwrap_or_else(PoisonError::into_inner);
+        suspended.iter().cloned().collect()
+    }
+
     /// Under which credential the repository was shown to hold this digest; `None` when that is not known.
     pub fn membership(
         &self,

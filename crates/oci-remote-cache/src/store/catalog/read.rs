@@ -138,6 +138,13 @@ impl Catalog {
         self.read(|db| list(db, &select, tag_of))
     }
 
+    /// Every repository of which a blob or manifest is stored now.
+    pub fn stored_sources(&self) -> Result<Vec<Source>, StoreError> {
+        let select = "SELECT upstream, repository FROM sources WHERE id IN
+            (SELECT m.source FROM membership m JOIN blobs b ON b.digest = m.digest)";
+        self.read(|db| list(db, select, source_of))
+    }
+
     /// What a tag has meant, the latest first.
     pub fn tag_history(&self, source: &Source, tag: &Tag) -> Result<Vec<TagEra>, StoreError> {
         let select = "SELECT h.digest, h.first_seen, h.last_seen
