@@ -37,13 +37,8 @@ async fn a_refresh_token_is_exchanged_by_post() {
         seen.lock().unwrap().push((body, shown));
         let token = minted.clone();
         async move {
-            exchange
-                .json(
-                    200,
-                    &json!({ "access_token": token, "expires_in": 300 }),
-                    &[],
-                )
-                .await
+            let answer = json!({ "access_token": token, "expires_in": 300 });
+            exchange.json(200, &answer, &[]).await;
         }
     });
     registry.script(Matcher::from(Kind::Token).method("POST"), answer);
