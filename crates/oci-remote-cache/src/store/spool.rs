@@ -368,13 +368,22 @@ impl Verified {
             .truncate(true)
             .mode(0o600)
             .open(&path)?;
-        file.write_all(body)?;
+        if let Err(error) = file.write_all(body) {
+            // A full disk must not fill up with what did not fit.
+            remove(&path).ok();
+            return Err(error);
+        }
         Ok(Some(Self {
             digest,
             size,
             path,
             file: Arc::new(file),
         }))
+    }
+
+    /// Removes the spool file, when it could not be published. Blocks on the disk.
+    pub fn discard(&self) -> io::Result<()> {
+        remove(&self.path)
     }
 
     /// The spool file's name within `spool/`.

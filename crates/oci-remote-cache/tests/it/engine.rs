@@ -447,8 +447,11 @@ async fn a_mirror_that_continues_with_wrong_bytes_spoils_one_try() {
         Matcher::blobs().once(),
         faults::serve(&blob, ServeOptions::new().stop_at(MIB)),
     );
-    let mixed = whole(&blob).send(cache.port()).await;
-    assert!(mixed.is_refused() && mixed.length < blob.size(), "{mixed}");
+    let mixture = whole(&blob).send(cache.port()).await;
+    assert!(
+        mixture.is_refused() && mixture.length < blob.size(),
+        "{mixture}"
+    );
     assert_holds_nothing(&cache).await;
     let mut tries = 0;
     loop {
@@ -593,15 +596,15 @@ async fn pieces_whose_list_lies_spoil_nothing() {
         .expect("damage a piece");
     let list = pieces[0].with_extension("pieces");
     let text = fs::read_to_string(&list).expect("read the list");
-    let lying: String = text
-        .lines()
-        .map(|line| {
-            let lie = line.starts_with("2 ");
-            let sum = if lie { "2 ab97b9fb" } else { line };
-            format!("{sum}\n")
-        })
-        .collect();
-    fs::write(&list, lying).expect("write the list");
+    let lie = |line| {
+        if str::starts_with(line, "2 ") {
+            "2 ab97b9fb"
+        } else {
+            line
+        }
+    };
+    let lying: Vec<&str> = text.lines().map(lie).chain([""]).collect();
+    fs::write(&list, lying.join("\n")).expect("write the list");
     registry.clear_scripts();
     registry.clear_log();
     let mut tries = 0;
