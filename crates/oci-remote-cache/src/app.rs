@@ -155,7 +155,7 @@ impl App {
         self.clients.local_addr()
     }
 
-    /// Serves until SIGTERM or SIGINT, then lets transfers under way end for up to [`DRAIN`]; a second signal ends at once.
+    /// Serves until SIGTERM or SIGINT, then lets transfers under way end for up to `DRAIN`; a second signal ends at once.
     pub async fn run(self) -> Result<(), StartError> {
         let mut signals = Signals::new()?;
         let tasks = self.tasks.clone();

@@ -1,6 +1,6 @@
 //! Blobs on their way in: one upstream transfer, any number of readers at any offset.
 //!
-//! A fill is a task of its own, keyed by upstream and digest ([`task`]). Every client, the first or the five-hundredth, whole or ranged,
+//! A fill is a task of its own, keyed by upstream and digest (`task`). Every client, the first or the five-hundredth, whole or ranged,
 //! only reads it through a [`Tail`]. [`Fills::find`] is the one place that answers *stored*, *filling* or *lead*. Who may read what is
 //! decided above, in `cache/right`; this floor is told.
 

@@ -318,9 +318,9 @@ impl Reader {
         let all: u64 = slices.iter().map(|slice| slice.len()).sum();
         let mut patience = self.leaves.map_or(u64::MAX, |share| of(share, all));
         for (tail, slice) in tails.into_iter().zip(slices) {
-            match read_tail(tail, *slice, &mut patience, truth).await {
-                Seen::Complete => {}
-                other => return other,
+            let seen = read_tail(tail, *slice, &mut patience, truth).await;
+            if !seen.is_complete() {
+                return seen;
             }
         }
         Seen::Complete
@@ -705,6 +705,23 @@ async fn insist(bench: Arc<Bench>, blob: Content, repo: &'static str, mut dice: 
     }
 }
 
+/// Askers of one blob in two repositories, each with dice of its own.
+fn eight_askers(
+    bench: &Arc<Bench>,
+    blob: &Content,
+    seed: u64,
+) -> Vec<impl Future<Output = ()> + use<>> {
+    let asker = |n: u64| {
+        let repo = if n.is_multiple_of(3) {
+            "lib/twin"
+        } else {
+            REPO
+        };
+        insist(Arc::clone(bench), blob.clone(), repo, Dice(seed + n * 7919))
+    };
+    (0..8).map(asker).collect()
+}
+
 /// Many askers in scripted orders, on one thread: each digest is given by the upstream exactly once.
 #[tokio::test]
 async fn no_digest_is_fetched_twice_in_any_order() {
@@ -717,11 +734,8 @@ async fn no_digest_is_fetched_twice_in_any_order() {
             let blob = bench.blob(70_000 * number + seed, &format!("{seed}/{number}"));
             let refusals = (seed + number) % 3;
             once_only(&bench, &blob, refusals, &wrong);
-            for asker in 0..8 {
-                let repo = if asker % 3 == 0 { "lib/twin" } else { REPO };
-                let dice = Dice(seed * 1_000_003 + number * 101 + asker * 7919);
-                asking.spawn(insist(Arc::clone(&bench), blob.clone(), repo, dice));
-            }
+            let askers = eight_askers(&bench, &blob, seed * 1_000_003 + number * 101);
+            asking.extend(askers);
             blobs.push((blob, refusals));
         }
         let all = timeout(Duration::from_secs(30), asking.join_all()).await;
@@ -941,6 +955,12 @@ async fn a_fill_that_was_set_aside_is_taken_up_again() {
     bench.end().await;
 }
 
+async fn read_late(bench: Arc<Bench>, blob: Content, mut dice: Dice) -> Seen {
+    dice.dawdle().await;
+    dice.dawdle().await;
+    Reader::whole().read(&bench, &blob, &blob.data).await
+}
+
 /// Askers that come just as a fill is set aside either keep it or wait for its files; no byte comes twice.
 #[tokio::test]
 async fn who_asks_while_a_fill_is_set_aside_loses_nothing() {
@@ -951,13 +971,8 @@ async fn who_asks_while_a_fill_is_set_aside_loses_nothing() {
         let mut asking = JoinSet::new();
         pass(Duration::from_secs(31)).await;
         for asker in 0..6 {
-            let (bench, blob) = (Arc::clone(&bench), blob.clone());
-            asking.spawn(async move {
-                let mut dice = Dice(seed * 131 + asker * 17 + 1);
-                dice.dawdle().await;
-                dice.dawdle().await;
-                Reader::whole().read(&bench, &blob, &blob.data).await
-            });
+            let dice = Dice(seed * 131 + asker * 17 + 1);
+            asking.spawn(read_late(Arc::clone(&bench), blob.clone(), dice));
         }
         let all = timeout(Duration::from_secs(20), asking.join_all()).await;
         for seen in all.expect("somebody waits for ever") {

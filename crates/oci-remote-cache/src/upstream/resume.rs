@@ -166,7 +166,7 @@ impl BlobStream {
         self.end = Some(self.end.map_or(end, |before| before.min(end)));
     }
 
-    /// The next bytes; `None` at the end. Waits through as many reopenings as it takes, until [`TRIES`] in a row brought nothing.
+    /// The next bytes; `None` at the end. Waits through as many reopenings as it takes, until `TRIES` in a row brought nothing.
     ///
     /// Dropping the future loses no bytes, but may lose a reopening that was under way.
     pub async fn next(&mut self) -> Result<Option<Bytes>, UpstreamError> {

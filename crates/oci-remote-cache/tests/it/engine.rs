@@ -492,10 +492,10 @@ async fn a_blob_that_changes_midway_is_never_mixed() {
         let etag = etag.replace("same", &blob.digest.to_string());
         registry.put_blob(REPO, &blob);
         let broken = faults::serve(&blob, ServeOptions::new().stop_at(half));
-        let changed = continuation(&blob, half, (&etag, total));
+        let other = continuation(&blob, half, (&etag, total));
         registry.script(
             (Kind::Blob, "GET"),
-            faults::sequence(vec![broken, changed, faults::usual()]),
+            faults::sequence(vec![broken, other, faults::usual()]),
         );
         assert_right(&whole(&blob).send(cache.port()).await);
         assert_eq!(registry.count(Kind::Blob), 3);

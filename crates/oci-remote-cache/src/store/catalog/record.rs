@@ -115,7 +115,7 @@ pub struct Holding {
     pub last_used: Option<Timestamp>,
 }
 
-/// One thing to write down. All changes of one [`Catalog::record`] are committed together or not at all.
+/// One thing to write down. All changes of one `Catalog::record` are committed together or not at all.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// A blob was published, or proven anew.
