@@ -63,7 +63,10 @@ NGINX_DOOR_HTTP = """
 REGISTRY = """
 version: 0.1
 log: {{ level: error, accesslog: {{ disabled: {quiet} }} }}
-storage: {{ cache: {{ blobdescriptor: inmemory }}, filesystem: {{ rootdirectory: {storage} }}, maintenance: {{ uploadpurging: {{ enabled: false }} }} }}
+storage:
+  cache: {{ blobdescriptor: inmemory }}
+  filesystem: {{ rootdirectory: {storage} }}
+  maintenance: {{ uploadpurging: {{ enabled: false }} }}
 http: {{ addr: "127.0.0.1:{port}", secret: bench }}
 {more}
 """

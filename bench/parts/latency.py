@@ -1,4 +1,4 @@
-"""An image of many layers behind a round trip that one can feel: real clients, cold and warm, beside a direct pull; and what the upstream was asked."""
+"""An image of many layers behind a round trip that one can feel: real clients, cold and warm, beside a direct pull; what the upstream was asked."""
 
 import json
 import os

@@ -5,7 +5,6 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
@@ -49,8 +48,6 @@ pub(super) struct Fetch {
 struct Range {
     position: AtomicU64,
     end: AtomicU64,
-    /// Microseconds spent waiting for the upstream since the last look.
-    waited: AtomicU64,
     measured: Mutex<Measured>,
 }
 
@@ -68,6 +65,8 @@ struct Worker {
     fill: Arc<Fill>,
     spool: Arc<Spool>,
     tasks: Tasks,
+    /// Microseconds that the blob's connections have waited for the upstream; the transfer takes them out.
+    waited: Arc<AtomicU64>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -77,7 +76,7 @@ impl Fetch {
         end: u64,
         place: OwnedSemaphorePermit,
         fill: &Arc<Fill>,
-        (fills, spool): (&Fills, &Arc<Spool>),
+        (fills, spool, waited): (&Fills, &Arc<Spool>, &Arc<AtomicU64>),
     ) -> Self {
         let position = stream.position();
         let measured = Mutex::new(Measured {
@@ -88,7 +87,6 @@ impl Fetch {
         let range = Arc::new(Range {
             position: position.into(),
             end: end.into(),
-            waited: 0.into(),
             measured,
         });
         let worker = Worker {
@@ -97,6 +95,7 @@ impl Fetch {
             fill: Arc::clone(fill),
             spool: Arc::clone(spool),
             tasks: fills.tasks.clone(),
+            waited: Arc::clone(waited),
             _place: place,
         };
         Self {
@@ -125,8 +124,8 @@ impl Fetch {
         self.range.end.fetch_min(end, Ordering::Relaxed);
     }
 
-    /// Notes the rate since the last look, and tells how long the upstream was waited for since then.
-    pub(super) fn measure(&self, now: Instant) -> Duration {
+    /// Notes the rate since the last look.
+    pub(super) fn measure(&self, now: Instant) {
         let position = self.range.position.load(Ordering::Relaxed);
         let mut measured = self
             .range
@@ -145,7 +144,6 @@ impl Fetch {
                 rate: Some(came / millis),
             };
         }
-        Duration::from_micros(self.range.waited.swap(0, Ordering::Relaxed))
     }
 }
 
@@ -210,7 +208,6 @@ impl Worker {
         let asked = Instant::now();
         let first = self.stream.next().await?;
         let waited = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.range.waited.fetch_add(waited, Ordering::Relaxed);
         let Some(first) = first else {
             return Ok(Vec::new());
         };
@@ -222,6 +219,10 @@ impl Worker {
             };
             size += more.len();
             batch.push(more);
+        }
+        // A batch that was there as a whole waited for us, not we for it: the machine is busy.
+        if size < BATCH {
+            self.waited.fetch_add(waited, Ordering::Relaxed);
         }
         Ok(batch)
     }

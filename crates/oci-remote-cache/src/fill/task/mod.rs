@@ -68,7 +68,10 @@ async fn conclude(fill: &Arc<Fill>, fills: &Fills, outcome: Outcome) -> &'static
         }
         Outcome::Alone(alone) => {
             fill.set(|progress| progress.phase = Phase::Alone(Arc::from(alone)));
-            tokio::time::sleep(ALONE).await;
+            tokio::select! {
+                () = tokio::time::sleep(ALONE) => {}
+                () = fills.tasks.stopping() => {}
+            }
             fills.leave(fill);
             "alone"
         }

@@ -1,6 +1,7 @@
 //! The middle of a fill: fetches, the hash behind them, and what happens when something breaks.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
@@ -39,6 +40,8 @@ pub(super) struct Transfer {
     resumed: bool,
     fetches: FuturesUnordered<Fetch>,
     pace: Pace,
+    /// Microseconds that connections have waited for the upstream since the last look, those that have ended meanwhile included.
+    waited: Arc<AtomicU64>,
     disk_fault: DiskFault,
 }
 
@@ -97,6 +100,7 @@ impl Transfer {
             resumed: known.resumed,
             fetches: FuturesUnordered::new(),
             pace: Pace::new(Instant::now()),
+            waited: Arc::default(),
             disk_fault: DiskFault::None,
         }
     }
@@ -114,7 +118,7 @@ impl Transfer {
             None => all,
         };
         if self.spool.reach(at) < end {
-            let shared = (&self.fills, &self.spool);
+            let shared = (&self.fills, &self.spool, &self.waited);
             self.fetches
                 .push(Fetch::new(stream, end, place, &self.fill, shared));
         }
@@ -219,7 +223,7 @@ impl Transfer {
                 slice.end,
                 place,
                 &self.fill,
-                (&self.fills, &self.spool),
+                (&self.fills, &self.spool, &self.waited),
             ));
         }
     }
@@ -356,7 +360,10 @@ impl Transfer {
 
     fn measure(&mut self) {
         let now = Instant::now();
-        let waited: Duration = self.fetches.iter().map(|fetch| fetch.measure(now)).sum();
+        for fetch in &self.fetches {
+            fetch.measure(now);
+        }
+        let waited = Duration::from_micros(self.waited.swap(0, Ordering::Relaxed));
         let each = waited / u32::try_from(self.fetches.len().max(1)).unwrap_or(1);
         let missing = self
             .size
