@@ -247,3 +247,15 @@ async fn help_and_version_are_answers() {
     assert!(stdout(&run(&folder, &["completions", "bash"]).await).contains("oci-remote-cache"));
     assert!(stdout(&run(&folder, &["man"]).await).contains(".TH"));
 }
+
+/// The page of all keys is what the binary makes of them: a key that changes changes the page.
+#[tokio::test]
+async fn the_reference_page_is_what_the_keys_say() {
+    let folder = TempDir::new().expect("a folder");
+    let made = stdout(&run(&folder, &["config", "reference"]).await);
+    let kept = include_str!("../../../../docs/reference/configuration.md");
+    assert!(
+        made == kept,
+        "docs/reference/configuration.md is old: write it again with `oci-remote-cache config reference`"
+    );
+}

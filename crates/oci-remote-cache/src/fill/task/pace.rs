@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// How long one measurement lasts.
-const WINDOW: Duration = Duration::from_millis(500);
+const WINDOW: Duration = Duration::from_millis(300);
 
 /// A rest that comes within this time is not worth another connection.
 const SOON: u64 = 2;

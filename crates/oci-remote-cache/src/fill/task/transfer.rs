@@ -25,7 +25,7 @@ use crate::verdict::Why;
 const ABANDONED: Duration = Duration::from_secs(30);
 
 /// How often the rate is looked at.
-const TICK: Duration = Duration::from_millis(250);
+const TICK: Duration = Duration::from_millis(100);
 
 /// A transfer under way.
 pub(super) struct Transfer {
