@@ -142,11 +142,6 @@ impl Layout {
         self.root.join("catalog.db")
     }
 
-    /// The socket by which the command line talks to the running server.
-    pub fn socket_path(&self) -> PathBuf {
-        self.root.join("admin.sock")
-    }
-
     /// Whether anything can be stored. If not, what can be read is served and the rest passes through.
     pub fn writable(&self) -> bool {
         self.writable
