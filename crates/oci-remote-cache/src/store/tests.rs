@@ -65,9 +65,10 @@ fn digest(bytes: &[u8]) -> Digest {
 pub(super) fn verified(layout: &Layout, bytes: &[u8]) -> Verified {
     let spool = Spool::create(layout, digest(bytes), &UpstreamId::new("docker.io")).unwrap();
     spool.settle_size(bytes.len() as u64).unwrap();
-    spool.write(0, &[bytes.to_vec().into()]).unwrap();
+    let spool = Arc::new(spool);
+    spool.writer(0).write(&[bytes.to_vec().into()]).unwrap();
     let mut hash = PrefixHash::new(&digest(bytes));
-    hash.follow(&spool, bytes.len() as u64).unwrap();
+    hash.follow(&spool).unwrap();
     spool.verify(hash).unwrap()
 }
 

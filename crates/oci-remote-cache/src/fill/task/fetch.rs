@@ -2,15 +2,16 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use super::outbox::{MOST as BATCH, Outbox};
 use crate::fill::plan::Active;
 use crate::fill::{Fill, Fills};
 use crate::store::spool::Spool;
@@ -20,9 +21,6 @@ use crate::upstream::resume::BlobStream;
 
 /// A rate is told over no less than this, in milliseconds.
 const SETTLED: u64 = 200;
-
-/// Bytes written at once, at most.
-const BATCH: usize = 1 << 20;
 
 /// The end of a range that goes on until the upstream says that the blob is over.
 pub(super) const UNKNOWN: u64 = u64::MAX;
@@ -45,8 +43,8 @@ pub(super) struct Fetch {
 
 /// How far a fetch is and where it stops; the transfer may move the stop nearer.
 #[derive(Debug)]
-struct Range {
-    position: AtomicU64,
+pub(super) struct Range {
+    pub(super) position: AtomicU64,
     end: AtomicU64,
     measured: Mutex<Measured>,
 }
@@ -58,16 +56,55 @@ struct Measured {
     rate: Option<u64>,
 }
 
+/// What the connections of one transfer share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    fill: Arc<Fill>,
+    spool: Arc<Spool>,
+    tasks: Tasks,
+    /// Microseconds that connections have waited for the upstream; the transfer takes them out.
+    waited: AtomicU64,
+    /// The hash has come to the end of what is here, and the transfer wants to know when more is.
+    hash_waits: AtomicBool,
+}
+
 /// The work of one fetch.
 struct Worker {
     stream: BlobStream,
     range: Arc<Range>,
-    fill: Arc<Fill>,
-    spool: Arc<Spool>,
-    tasks: Tasks,
-    /// Microseconds that the blob's connections have waited for the upstream; the transfer takes them out.
-    waited: Arc<AtomicU64>,
+    outbox: Arc<Outbox>,
+    shared: Arc<Shared>,
     _place: OwnedSemaphorePermit,
+}
+
+impl Shared {
+    pub(super) fn new(fill: &Arc<Fill>, fills: &Fills, spool: &Arc<Spool>) -> Arc<Self> {
+        Arc::new(Self {
+            fill: Arc::clone(fill),
+            spool: Arc::clone(spool),
+            tasks: fills.tasks.clone(),
+            waited: AtomicU64::new(0),
+            hash_waits: AtomicBool::new(false),
+        })
+    }
+
+    /// How long connections have waited for the upstream since the last time this was asked.
+    pub(super) fn take_waited(&self) -> Duration {
+        Duration::from_micros(self.waited.swap(0, Ordering::Relaxed))
+    }
+
+    /// Asks for a word to the transfer when more has arrived. What has arrived must be looked at after this.
+    pub(super) fn hash_waits(&self) {
+        self.hash_waits.store(true, Ordering::Relaxed);
+    }
+
+    /// Tells whoever waits for bytes that more have arrived. Nobody is woken for each batch but the readers.
+    pub(super) fn tell(&self) {
+        self.fill.announce();
+        if self.hash_waits.swap(false, Ordering::Relaxed) {
+            self.fill.wake.notify_one();
+        }
+    }
 }
 
 impl Fetch {
@@ -75,8 +112,7 @@ impl Fetch {
         stream: BlobStream,
         end: u64,
         place: OwnedSemaphorePermit,
-        fill: &Arc<Fill>,
-        (fills, spool, waited): (&Fills, &Arc<Spool>, &Arc<AtomicU64>),
+        shared: &Arc<Shared>,
     ) -> Self {
         let position = stream.position();
         let measured = Mutex::new(Measured {
@@ -90,12 +126,10 @@ impl Fetch {
             measured,
         });
         let worker = Worker {
+            outbox: Outbox::new(shared.spool.writer(position), &range, shared),
             stream,
             range: Arc::clone(&range),
-            fill: Arc::clone(fill),
-            spool: Arc::clone(spool),
-            tasks: fills.tasks.clone(),
-            waited: Arc::clone(waited),
+            shared: Arc::clone(shared),
             _place: place,
         };
         Self {
@@ -156,51 +190,42 @@ impl Future for Fetch {
 }
 
 impl Worker {
-    /// Reads and writes in turn; one batch is written while the next one arrives.
+    /// Reads what comes; it is written on the blocking pool meanwhile.
     async fn run(mut self) -> Ended {
-        let mut writing: Option<JoinHandle<std::io::Result<()>>> = None;
         loop {
             let end = self.range.end.load(Ordering::Relaxed);
             if end != UNKNOWN {
                 self.stream.stop_at(end);
             }
-            let offset = self.stream.position();
             let batch = match self.batch().await {
                 Ok(batch) => batch,
                 Err(error) => {
-                    return Self::after(writing)
+                    return self
+                        .outbox
+                        .written()
                         .await
                         .map_or_else(Ended::Disk, |()| Ended::Refused(error));
                 }
             };
-            if let Err(error) = Self::after(writing.take()).await {
+            if batch.is_empty() {
+                return self
+                    .outbox
+                    .written()
+                    .await
+                    .map_or_else(Ended::Disk, |()| self.complete());
+            }
+            if let Err(error) = self.outbox.put(batch, &self.shared.tasks).await {
                 return Ended::Disk(error);
             }
-            if batch.is_empty() {
-                let last = self.stream.total() == Some(offset);
-                return Ended::Complete {
-                    position: offset,
-                    last,
-                };
-            }
-            writing = Some(self.write(offset, batch));
         }
     }
 
-    /// Writes on the blocking pool and tells the readers from there, so that they do not wait for the next batch.
-    fn write(&self, offset: u64, batch: Vec<Bytes>) -> JoinHandle<std::io::Result<()>> {
-        let (spool, range, fill) = (
-            Arc::clone(&self.spool),
-            Arc::clone(&self.range),
-            Arc::clone(&self.fill),
-        );
-        self.tasks.spawn_blocking(move || {
-            let position = spool.write(offset, &batch)?;
-            range.position.store(position, Ordering::Relaxed);
-            fill.announce();
-            fill.wake.notify_one();
-            Ok(())
-        })
+    fn complete(&self) -> Ended {
+        let position = self.stream.position();
+        Ended::Complete {
+            position,
+            last: self.stream.total() == Some(position),
+        }
     }
 
     /// What has arrived, at least one part unless the range is complete.
@@ -222,15 +247,8 @@ impl Worker {
         }
         // A batch that was there as a whole waited for us, not we for it: the machine is busy.
         if size < BATCH {
-            self.waited.fetch_add(waited, Ordering::Relaxed);
+            self.shared.waited.fetch_add(waited, Ordering::Relaxed);
         }
         Ok(batch)
-    }
-
-    async fn after(writing: Option<JoinHandle<std::io::Result<()>>>) -> std::io::Result<()> {
-        match writing {
-            Some(writing) => writing.await.map_err(std::io::Error::other)?,
-            None => Ok(()),
-        }
     }
 }

@@ -5,6 +5,7 @@
 
 mod fetch;
 mod open;
+mod outbox;
 mod pace;
 mod transfer;
 

@@ -1,7 +1,6 @@
 //! The middle of a fill: fetches, the hash behind them, and what happens when something breaks.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
@@ -10,7 +9,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
-use super::fetch::{Ended, Fetch, UNKNOWN};
+use super::fetch::{Ended, Fetch, Shared, UNKNOWN};
 use super::pace::Pace;
 use super::{Outcome, on_disk};
 use crate::fill::plan::{self, Appetite, SMALL, Step, View};
@@ -40,8 +39,7 @@ pub(super) struct Transfer {
     resumed: bool,
     fetches: FuturesUnordered<Fetch>,
     pace: Pace,
-    /// Microseconds that connections have waited for the upstream since the last look, those that have ended meanwhile included.
-    waited: Arc<AtomicU64>,
+    shared: Arc<Shared>,
     disk_fault: DiskFault,
 }
 
@@ -93,6 +91,7 @@ impl Transfer {
             fill: Arc::clone(fill),
             fills: fills.clone(),
             hash: Hashing::Idle(Box::new(PrefixHash::new(&fill.key.digest))),
+            shared: Shared::new(fill, fills, &spool),
             spool,
             reservation: Some(reservation),
             size: known.size,
@@ -100,7 +99,6 @@ impl Transfer {
             resumed: known.resumed,
             fetches: FuturesUnordered::new(),
             pace: Pace::new(Instant::now()),
-            waited: Arc::default(),
             disk_fault: DiskFault::None,
         }
     }
@@ -118,9 +116,8 @@ impl Transfer {
             None => all,
         };
         if self.spool.reach(at) < end {
-            let shared = (&self.fills, &self.spool, &self.waited);
             self.fetches
-                .push(Fetch::new(stream, end, place, &self.fill, shared));
+                .push(Fetch::new(stream, end, place, &self.shared));
         }
     }
 
@@ -171,7 +168,6 @@ impl Transfer {
 
     async fn handle(&mut self, event: Event) -> Flow {
         match event {
-            Event::Woken if self.is_too_large() => self.go_alone(Why::TooLarge).await,
             Event::Woken => self.when_abandoned(),
             Event::Fetched(ended) => Box::pin(self.fetched(ended)).await,
             Event::Hashed(Ok((hash, Ok(())))) => {
@@ -191,6 +187,9 @@ impl Transfer {
             }
             Event::Tick => {
                 self.measure();
+                if self.is_too_large() {
+                    return self.go_alone(Why::TooLarge).await;
+                }
                 self.when_abandoned()
             }
             Event::Stopping => self.park(),
@@ -218,13 +217,8 @@ impl Transfer {
                 .fill
                 .ask_again()
                 .later(slice, size, self.validator.clone());
-            self.fetches.push(Fetch::new(
-                stream,
-                slice.end,
-                place,
-                &self.fill,
-                (&self.fills, &self.spool, &self.waited),
-            ));
+            self.fetches
+                .push(Fetch::new(stream, slice.end, place, &self.shared));
         }
     }
 
@@ -250,11 +244,11 @@ impl Transfer {
 
     /// Sends the hash after the bytes that have arrived since it last looked.
     fn hash_on(&mut self) {
-        let reach = self.spool.reach(0);
         let Hashing::Idle(hash) = &self.hash else {
             return;
         };
-        if hash.position() >= reach {
+        self.shared.hash_waits();
+        if hash.position() >= self.spool.reach(0) {
             return;
         }
         let Hashing::Idle(mut hash) = std::mem::replace(&mut self.hash, Hashing::Lost) else {
@@ -262,7 +256,7 @@ impl Transfer {
         };
         let spool = Arc::clone(&self.spool);
         self.hash = Hashing::Away(self.fills.tasks.spawn_blocking(move || {
-            let done = hash.follow(&spool, reach);
+            let done = hash.follow(&spool);
             (hash, done)
         }));
     }
@@ -363,8 +357,8 @@ impl Transfer {
         for fetch in &self.fetches {
             fetch.measure(now);
         }
-        let waited = Duration::from_micros(self.waited.swap(0, Ordering::Relaxed));
-        let each = waited / u32::try_from(self.fetches.len().max(1)).unwrap_or(1);
+        let each =
+            self.shared.take_waited() / u32::try_from(self.fetches.len().max(1)).unwrap_or(1);
         let missing = self
             .size
             .map_or(0, |size| size.saturating_sub(self.spool.total()));

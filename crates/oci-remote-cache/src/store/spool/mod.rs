@@ -4,23 +4,26 @@
 //! lies a list of checksums, one for each piece that became whole, so that a transfer cut by a crash, or parked because nobody read it,
 //! goes on from its pieces. What is written here is not a blob: nothing under `spool/` or `parked/` is ever served as one.
 
+mod prefix;
+mod writer;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
-use bytes::Bytes;
 use oci::{Digest, Hasher, Slice};
+
+pub use self::prefix::{Checkpoint, PrefixHash, hash_file};
+pub use self::writer::SpoolWriter;
 
 use super::layout::Layout;
 use super::pieces::{PIECE, PieceMap, piece, pieces_of};
 use super::span::Span;
 use crate::names::UpstreamId;
-
-/// Bytes read at once while hashing.
-const HASH_BLOCK: usize = 1 << 20;
 
 /// Ending of the list of checksums beside a spool.
 const LIST: &str = "pieces";
@@ -40,24 +43,9 @@ pub struct Spool {
     file: Arc<File>,
     size: OnceLock<u64>,
     arrived: Mutex<PieceMap>,
+    /// Rung when bytes have arrived, for the hash that follows them.
+    more: Condvar,
     list: Mutex<Option<File>>,
-}
-
-/// The hash of a spool's unbroken prefix, with its earlier states.
-#[derive(Debug)]
-pub struct PrefixHash {
-    hasher: Hasher,
-    position: u64,
-    kept: Vec<Checkpoint>,
-}
-
-/// A hash state at an offset, from which hashing can go on elsewhere.
-#[derive(Clone, Debug)]
-pub struct Checkpoint {
-    /// Bytes hashed so far.
-    pub position: u64,
-    /// The state after them.
-    pub hasher: Hasher,
 }
 
 /// Proof that a spool's bytes are the blob: its size is right and they hash to the digest. Only [`Spool::verify`] makes one, and
@@ -107,6 +95,7 @@ impl Spool {
             file: Arc::new(file),
             size: OnceLock::new(),
             arrived: Mutex::default(),
+            more: Condvar::new(),
             list: Mutex::default(),
         })
     }
@@ -144,6 +133,7 @@ impl Spool {
             file,
             size: OnceLock::from(size),
             arrived: Mutex::new(arrived),
+            more: Condvar::new(),
             list: Mutex::new(Some(list)),
         }))
     }
@@ -183,20 +173,9 @@ impl Spool {
         Ok(())
     }
 
-    /// Writes `parts` at `offset` and counts them as arrived. Blocks on the disk.
-    pub fn write(&self, offset: u64, parts: &[Bytes]) -> io::Result<u64> {
-        let mut at = offset;
-        for part in parts {
-            self.file.write_all_at(part, at)?;
-            at += part.len() as u64;
-        }
-        let written = Slice {
-            start: offset,
-            end: at,
-        };
-        let whole = self.count(written);
-        self.note_pieces(&whole)?;
-        Ok(at)
+    /// A writer of what comes from `offset` on.
+    pub fn writer(self: &Arc<Self>, offset: u64) -> SpoolWriter {
+        SpoolWriter::new(Arc::clone(self), offset)
     }
 
     /// End of the unbroken run from `offset`.
@@ -225,8 +204,7 @@ impl Spool {
 
     /// Whether these bytes are the blob, given the hash that followed them to their end.
     pub fn verify(&self, hash: PrefixHash) -> Result<Verified, Box<Mismatch>> {
-        let size = hash.position;
-        let found = hash.hasher.finish();
+        let (found, size) = hash.finish();
         let whole = self.size().is_none_or(|settled| settled == size) && self.reach(0) == size;
         if found != self.digest || !whole {
             return Err(Box::new(Mismatch {
@@ -268,10 +246,21 @@ impl Spool {
         look(&mut self.arrived.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Waits until more than the first `position` bytes are here without a gap, at most for `limit`; says whether they are.
+    fn wait_beyond(&self, position: u64, limit: Duration) -> bool {
+        let arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
+        let still = |arrived: &mut PieceMap| arrived.reach(0) <= position;
+        let (arrived, _) = self
+            .more
+            .wait_timeout_while(arrived, limit, still)
+            .unwrap_or_else(PoisonError::into_inner);
+        arrived.reach(0) > position
+    }
+
     /// Counts a range as arrived and tells which pieces became whole by it.
     fn count(&self, written: Slice) -> Vec<(u64, Slice)> {
         let size = self.size();
-        self.map(|arrived| {
+        let whole = self.map(|arrived| {
             arrived.insert(written);
             let Some(size) = size.filter(|&size| size > PIECE) else {
                 return Vec::new();
@@ -280,70 +269,16 @@ impl Spool {
                 .map(|index| (index, piece(index, size)))
                 .filter(|&(_, part)| arrived.holds(part))
                 .collect()
-        })
+        });
+        self.more.notify_all();
+        whole
     }
 
-    fn note_pieces(&self, whole: &[(u64, Slice)]) -> io::Result<()> {
-        for &(index, part) in whole {
-            let line = format!("{index} {:08x}\n", checksum_of(&self.file, part)?);
-            if let Some(list) = self
-                .list
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .as_mut()
-            {
-                list.write_all(line.as_bytes())?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl PrefixHash {
-    /// Nothing hashed yet.
-    pub fn new(digest: &Digest) -> Self {
-        Self {
-            hasher: Hasher::new(digest.algorithm()),
-            position: 0,
-            kept: Vec::new(),
-        }
-    }
-
-    /// How many bytes are hashed.
-    pub fn position(&self) -> u64 {
-        self.position
-    }
-
-    /// Hashes the spool's bytes up to `until`, which must have arrived, keeping a state at each piece. Blocks on disk and CPU.
-    pub fn follow(&mut self, spool: &Spool, until: u64) -> io::Result<()> {
-        let mut block = vec![0; HASH_BLOCK];
-        while self.position < until {
-            let left = usize::try_from(until - self.position).unwrap_or(HASH_BLOCK);
-            let block = block.get_mut(..left.min(HASH_BLOCK)).unwrap_or_default();
-            spool.file.read_exact_at(block, self.position)?;
-            self.hasher.update(block);
-            self.position += block.len() as u64;
-            self.keep();
-        }
-        Ok(())
-    }
-
-    /// The latest kept state at or before `position`.
-    pub fn checkpoint(&self, position: u64) -> Option<Checkpoint> {
-        self.kept
-            .iter()
-            .rev()
-            .find(|kept| kept.position <= position)
-            .cloned()
-    }
-
-    fn keep(&mut self) {
-        if self.kept.last().map_or(0, |kept| kept.position) + PIECE <= self.position {
-            self.kept.push(Checkpoint {
-                position: self.position,
-                hasher: self.hasher.clone(),
-            });
-        }
+    fn note_piece(&self, index: u64, checksum: u32) -> io::Result<()> {
+        let line = format!("{index} {checksum:08x}\n");
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.as_mut()
+            .map_or(Ok(()), |list| list.write_all(line.as_bytes()))
     }
 }
 
@@ -430,20 +365,6 @@ impl Verified {
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
-}
-
-/// Continues `hasher` over `slice` of `file`. Blocks on disk and CPU.
-pub fn hash_file(file: &File, slice: Slice, mut hasher: Hasher) -> io::Result<Hasher> {
-    let mut block = vec![0; HASH_BLOCK];
-    let mut at = slice.start;
-    while at < slice.end {
-        let left = usize::try_from(slice.end - at).unwrap_or(HASH_BLOCK);
-        let block = block.get_mut(..left.min(HASH_BLOCK)).unwrap_or_default();
-        file.read_exact_at(block, at)?;
-        hasher.update(block);
-        at += block.len() as u64;
-    }
-    Ok(hasher)
 }
 
 /// One fill at a time runs for an upstream and digest, so this names its spool for good. Only the key's checksum goes into the name:
