@@ -20,7 +20,16 @@ pub struct Descriptor {
     pub platform: Option<Platform>,
     /// What kind of artifact the content is; found in an index.
     pub artifact_type: Option<String>,
+    /// Whether the content was made to be read in pieces: its annotations name a table of contents (zstd:chunked, eStargz, nydus).
+    pub in_pieces: bool,
 }
+
+/// Annotations of a layer that clients read in pieces.
+const IN_PIECES: [&str; 3] = [
+    "io.github.containers.zstd-chunked.manifest-checksum",
+    "containerd.io/snapshot/stargz/toc.digest",
+    "containerd.io/snapshot/nydus-blob",
+];
 
 /// The machine an image is for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -43,6 +52,9 @@ impl Descriptor {
                 .and_then(|text| MediaType::parse(text).ok()),
             platform: node.get("platform").and_then(Platform::read),
             artifact_type: node.text("artifacttype").map(str::to_owned),
+            in_pieces: node
+                .get("annotations")
+                .is_some_and(|notes| IN_PIECES.iter().any(|name| notes.text(name).is_some())),
         })
     }
 }

@@ -197,7 +197,9 @@ impl Cache {
             .probe(grant.source(), Thing::Blob, digest.clone(), deadline)
             .await?;
         Ok(BlobHead {
-            size: probe.size.or_else(|| self.inner.sizes.get(&known)),
+            size: probe
+                .size
+                .or_else(|| self.inner.told.get(&known).map(|told| told.size)),
             verdict: Verdict::Miss,
         })
     }
@@ -211,14 +213,14 @@ impl Cache {
     ) -> Result<Wanted, CacheError> {
         let source = grant.source().clone();
         let upstream = Arc::clone(&self.origin(&source)?.upstream);
-        let size_hint = self.inner.sizes.get(&digest);
+        let told = self.inner.told.get(&digest);
         Ok(Wanted {
             upstream,
             source,
             digest,
             standing,
             wish,
-            size_hint,
+            told,
         })
     }
 

@@ -15,6 +15,7 @@ use super::right::{Claim, refused};
 use super::{Cache, all_of, manifest_ask};
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
+use crate::fill::Told;
 use crate::names::{CredentialId, Source};
 use crate::policy::{Grant, May};
 use crate::store::catalog::{
@@ -336,7 +337,7 @@ impl Cache {
         judged: Judged,
         tag: Option<(&Tag, Timestamp)>,
     ) -> Fetched {
-        self.remember_sizes(&judged.view);
+        self.remember_layers(&judged.view);
         let mut changes = judged.changes(source, tag);
         let Judged {
             digest, view, body, ..
@@ -378,11 +379,15 @@ impl Cache {
         }
     }
 
-    /// Layer sizes let a lazy client's first range be asked for by itself, before the upstream has told the size.
-    fn remember_sizes(&self, view: &ManifestView) {
+    /// What a manifest says of its layers lets a lazy client's first range be asked for by itself, before the upstream has told the size.
+    fn remember_layers(&self, view: &ManifestView) {
         for blob in view.blobs() {
             if let AnyDigest::Known(layer) = blob.digest {
-                self.inner.sizes.insert(layer, blob.size);
+                let told = Told {
+                    size: blob.size,
+                    in_pieces: blob.in_pieces,
+                };
+                self.inner.told.insert(layer, told);
             }
         }
     }

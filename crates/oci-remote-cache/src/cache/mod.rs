@@ -40,7 +40,7 @@ use self::right::Probe;
 use self::single_flight::Flights;
 use self::standing::Logins;
 use crate::clock::Clock;
-use crate::fill::Fills;
+use crate::fill::{Fills, Told};
 use crate::metrics::Metrics;
 use crate::names::{Source, UpstreamId};
 use crate::store::Store;
@@ -54,8 +54,8 @@ const MANIFEST_MEMORY: u64 = 64 << 20;
 /// Bytes of small blobs (image configs, mostly) kept in memory: 64 MiB.
 const SMALL_MEMORY: u64 = 64 << 20;
 
-/// Layer sizes remembered from manifests.
-const SIZES: usize = 50_000;
+/// Layers remembered from manifests.
+const TOLD: usize = 50_000;
 
 /// An upstream and how its answers age.
 #[derive(Clone, Debug)]
@@ -84,7 +84,7 @@ struct Inner {
     tasks: Tasks,
     manifests: Memory<Digest, Held, ByLength>,
     small: Memory<Digest, Bytes, ByLength>,
-    sizes: Memory<Digest, u64>,
+    told: Memory<Digest, Told>,
     negatives: Negatives,
     not_public: Refused,
     openings: Flights<(Source, Resource), Result<(), CacheError>>,
@@ -123,7 +123,7 @@ impl Cache {
         let inner = Inner {
             manifests: Memory::with_weighter(4096, MANIFEST_MEMORY, ByLength),
             small: Memory::with_weighter(4096, SMALL_MEMORY, ByLength),
-            sizes: Memory::new(SIZES),
+            told: Memory::new(TOLD),
             negatives: Negatives::new(),
             not_public: Refused::new(),
             openings: Flights::new(tasks.clone()),

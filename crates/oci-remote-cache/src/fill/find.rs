@@ -45,8 +45,17 @@ pub struct Wanted {
     pub standing: Standing,
     /// Which bytes.
     pub wish: Wish,
-    /// The size that a manifest told of.
-    pub size_hint: Option<u64>,
+    /// What a manifest told of it.
+    pub told: Option<Told>,
+}
+
+/// What a manifest tells of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// Its size in bytes.
+    pub size: u64,
+    /// It was made to be read in pieces (zstd:chunked, eStargz, nydus).
+    pub in_pieces: bool,
 }
 
 /// What was found.
@@ -160,8 +169,7 @@ impl Fills {
         let fill = Arc::new(self.begin(&key, wanted));
         running.insert(key, Slot::Running(Arc::clone(&fill)));
         let joined = Joined::new(self, &fill, wanted.wish);
-        self.tasks
-            .spawn(task::run(fill, self.clone(), wanted.size_hint));
+        self.tasks.spawn(task::run(fill, self.clone()));
         Look::Is(Box::new(Found::Lead(joined)))
     }
 
@@ -182,6 +190,7 @@ impl Fills {
                 digest: wanted.digest.into(),
                 place: self.first_place(key, wanted.upstream.places()),
             },
+            told: wanted.told,
             progress,
             readers: Readers::default().into(),
             wake: tokio::sync::Notify::new(),

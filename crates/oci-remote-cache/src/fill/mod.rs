@@ -24,14 +24,14 @@ use tokio::time::Instant;
 
 pub use self::direct::Alone;
 pub use self::error::FillError;
-pub use self::find::{Found, Standing, Wanted};
+pub use self::find::{Found, Standing, Told, Wanted};
 pub use self::tail::Tail;
 
 use self::plan::{Appetite, Want};
 use crate::metrics::Metrics;
 use crate::names::{CredentialId, Source, UpstreamId};
 use crate::store::Store;
-use crate::store::pieces::PieceMap;
+use crate::store::pieces::{PIECE, PieceMap};
 use crate::store::spool::Spool;
 use crate::tasks::Tasks;
 use crate::upstream::resume::BlobAsk;
@@ -91,6 +91,7 @@ pub struct Fill {
     key: Key,
     source: Source,
     ask: BlobAsk,
+    told: Option<Told>,
     progress: watch::Sender<Progress>,
     readers: Mutex<Readers>,
     wake: Notify,
@@ -296,7 +297,7 @@ impl Fill {
             .filter_map(|aim| aim.want(size, spool))
             .collect();
         let enough = readers.asked.total() >= size / 4;
-        let whole = size <= plan::SMALL || readers.whole || readers.second_client || enough;
+        let whole = size <= self.always_whole() || readers.whole || readers.second_client || enough;
         (
             wants,
             if whole {
@@ -305,6 +306,15 @@ impl Fill {
                 Appetite::Asked
             },
         )
+    }
+
+    /// Up to this size the blob is fetched whole, whatever ranges of it are asked for.
+    fn always_whole(&self) -> u64 {
+        if self.told.is_some_and(|told| told.in_pieces) {
+            PIECE
+        } else {
+            plan::SMALL
+        }
     }
 
     /// The closed range to begin with, in a blob of `size` bytes, when nobody wants the whole.

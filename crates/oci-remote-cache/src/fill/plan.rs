@@ -5,7 +5,7 @@
 
 use oci::Slice;
 
-/// Blobs up to this size are one plain GET from byte 0, whatever ranges clients ask: 32 MiB.
+/// Blobs up to this size are one plain GET from byte 0, whatever ranges clients ask, unless they were made to be read in pieces: 32 MiB.
 pub const SMALL: u64 = 32 << 20;
 
 /// A range further than this beyond the front is fetched next instead of waited for: 16 MiB.
@@ -97,7 +97,8 @@ pub fn next(view: &View<'_>) -> Option<Step> {
 
 /// A reader waits for bytes that nobody will bring soon.
 fn urgent(view: &View<'_>) -> Option<Step> {
-    if view.size <= SMALL || view.active.is_empty() || view.active.len() >= view.most {
+    let one_get = view.size <= SMALL && view.appetite == Appetite::Whole;
+    if one_get || view.active.is_empty() || view.active.len() >= view.most {
         return None;
     }
     view.wants.iter().find_map(|want| {

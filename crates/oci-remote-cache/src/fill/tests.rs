@@ -91,7 +91,7 @@ impl Bench {
             digest,
             standing,
             wish: wish_of(None, 1),
-            size_hint: None,
+            told: None,
         }
     }
 
@@ -275,7 +275,7 @@ impl Reader {
         let wish = wish_of(header.as_ref(), self.client);
         let wanted = Wanted {
             wish,
-            size_hint: (self.client > 1).then(|| blob.size()),
+            told: (self.client > 1).then(|| told(blob)),
             ..bench.proven(blob)
         };
         let joined = match bench.fills.find(&wanted).await {
@@ -874,6 +874,14 @@ async fn who_asks_while_a_fill_ends_waits_for_it() {
     bench.end().await;
 }
 
+/// A manifest told of an ordinary layer.
+fn told(blob: &Content) -> Told {
+    Told {
+        size: blob.size(),
+        in_pieces: false,
+    }
+}
+
 /// Lets time pass at once.
 async fn pass(time: Duration) {
     tokio::time::pause();
@@ -893,7 +901,7 @@ async fn one_piece_read(bench: &Bench, blob: &Content) {
     };
     let wanted = Wanted {
         wish,
-        size_hint: Some(blob.size()),
+        told: Some(told(blob)),
         ..bench.proven(blob)
     };
     let Found::Lead(joined) = bench.fills.find(&wanted).await else {

@@ -4,8 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use serde_json::json;
 use testbed::cache::{blob_path, manifest_path};
 use testbed::client::storm;
+use testbed::image::OCI_MANIFEST;
 use testbed::{
     Background, CacheProcess, Content, Gate, Handler, ImageSpec, Kind, Registry, Request, Response,
     ServeOptions, assert_good, eventually, faults,
@@ -425,18 +427,62 @@ async fn a_storm_leaves_nothing_open() {
 async fn a_lazy_client_costs_what_it_asks_for() {
     let (registry, cache) = up().await;
     let image = registry.put_image(&ImageSpec::new(REPO, "v1").layers(&[48 << 20]));
-    let layer = image.layer();
     assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
-    let path = blob_path("up", REPO, layer.digest);
-    let size = layer.size();
     // The footer first, then what it points at.
     let pieces = [
-        (size - 65_536, 65_536),
+        (image.layer().size() - 65_536, 65_536),
         (20 * MIB, 512 << 10),
         (5 * MIB, 512 << 10),
         (40 * MIB, 512 << 10),
     ];
-    for (start, length) in pieces {
+    costs_what_is_asked_for((&registry, &cache), image.layer(), &pieces).await;
+    cache.terminate().await;
+    cache.check_invariants().await;
+}
+
+/// Most layers are not large. One whose manifest says that it is read in pieces is fetched in pieces all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_made_for_pieces_is_fetched_in_pieces() {
+    for annotation in [
+        "io.github.containers.zstd-chunked.manifest-checksum",
+        "containerd.io/snapshot/stargz/toc.digest",
+        "containerd.io/snapshot/nydus-blob",
+    ] {
+        let (registry, cache) = up().await;
+        let layer = Content::blob(12 << 20, annotation);
+        let config = Content::json(&json!({}), "application/vnd.oci.image.config.v1+json");
+        let mut described = layer.descriptor();
+        described["annotations"] = json!({annotation: "x"});
+        let body = json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config.descriptor(), "layers": [described]});
+        let manifest = Content::json(&body, OCI_MANIFEST);
+        registry.put_blob(REPO, &layer);
+        registry.put_manifest(REPO, Some("v1"), &manifest);
+        assert_good(&cache.manifest("up", REPO, "v1").await, &manifest);
+        let pieces = [
+            (layer.size() - 65_536, 65_536),
+            (5 * MIB, 512 << 10),
+            (MIB, 512 << 10),
+        ];
+        costs_what_is_asked_for((&registry, &cache), &layer, &pieces).await;
+        assert_good(&cache.blob("up", REPO, layer.digest).await, &layer);
+        let sent = registry.sent(Kind::Blob);
+        assert!(
+            sent <= layer.size() + layer.size() / 50,
+            "{sent} bytes: pieces were fetched again"
+        );
+        cache.terminate().await;
+        cache.check_invariants().await;
+    }
+}
+
+/// Asks for these pieces, each a start and a length, one after the other.
+async fn costs_what_is_asked_for(
+    (registry, cache): (&Registry, &CacheProcess),
+    layer: &Content,
+    pieces: &[(u64, u64)],
+) {
+    let path = blob_path("up", REPO, layer.digest);
+    for &(start, length) in pieces {
         let request = Request::get(&path).range(&format!("{start}-{}", start + length - 1));
         let part = request
             .compare_from(&layer.data, start)
@@ -456,10 +502,8 @@ async fn a_lazy_client_costs_what_it_asks_for() {
     assert!(
         sent <= asked + asked / 10,
         "{asked} bytes were asked for and {sent} fetched: {:?}",
-        ranges(&registry)
+        ranges(registry)
     );
-    cache.terminate().await;
-    cache.check_invariants().await;
 }
 
 /// Asked for again, pieces that were fetched are not fetched again, and the whole brings only the rest.

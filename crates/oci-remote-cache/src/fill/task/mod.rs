@@ -35,9 +35,9 @@ enum Outcome {
 }
 
 /// Runs a fill to its end.
-pub(super) async fn run(fill: Arc<Fill>, fills: Fills, size_hint: Option<u64>) {
+pub(super) async fn run(fill: Arc<Fill>, fills: Fills) {
     fills.metrics.fills.inc();
-    let outcome = Box::pin(fetch_all(&fill, &fills, size_hint)).await;
+    let outcome = Box::pin(fetch_all(&fill, &fills)).await;
     let label = conclude(&fill, &fills, outcome).await;
     fills.metrics.fills.dec();
     fills
@@ -47,9 +47,9 @@ pub(super) async fn run(fill: Arc<Fill>, fills: Fills, size_hint: Option<u64>) {
         .inc();
 }
 
-async fn fetch_all(fill: &Arc<Fill>, fills: &Fills, size_hint: Option<u64>) -> Outcome {
+async fn fetch_all(fill: &Arc<Fill>, fills: &Fills) -> Outcome {
     let kept = resume_kept(fill, fills).await;
-    match open(fill, fills, kept.clone(), size_hint).await {
+    match open(fill, fills, kept.clone()).await {
         Ok(Opened::Transfer(transfer)) => transfer.drive().await,
         Ok(Opened::Alone(alone)) => Outcome::Alone(alone),
         // An upstream that is away must not cost what was fetched while it was there.

@@ -6,7 +6,6 @@ use oci::Slice;
 
 use super::transfer::{Known, Transfer};
 use crate::deadline::Deadline;
-use crate::fill::plan::SMALL;
 use crate::fill::{Alone, Fill, FillError, Fills, Phase};
 use crate::store::spool::Spool;
 use crate::store::usage::Reservation;
@@ -23,10 +22,9 @@ pub(super) async fn open(
     fill: &Arc<Fill>,
     fills: &Fills,
     kept: Option<Arc<Spool>>,
-    size_hint: Option<u64>,
 ) -> Result<Opened, FillError> {
     let deadline = Deadline::for_answer();
-    let range = first_range(fill, kept.as_deref(), size_hint);
+    let range = first_range(fill, kept.as_deref());
     let Ok(Some(place)) = deadline.run(fills.place(&fill.key.upstream)).await else {
         return Err(FillError::Busy {
             upstream: fill.key.upstream.clone(),
@@ -94,7 +92,7 @@ pub(super) async fn resume_kept(fill: &Arc<Fill>, fills: &Fills) -> Option<Arc<S
 }
 
 /// The range to open with; `None` is a plain GET of everything, which also tells the size.
-fn first_range(fill: &Fill, kept: Option<&Spool>, size_hint: Option<u64>) -> Option<Slice> {
+fn first_range(fill: &Fill, kept: Option<&Spool>) -> Option<Slice> {
     if let Some((spool, size)) = kept.and_then(|spool| Some((spool, spool.size()?))) {
         let wanted = fill.first_wanted(size).unwrap_or(Slice {
             start: 0,
@@ -107,7 +105,8 @@ fn first_range(fill: &Fill, kept: Option<&Spool>, size_hint: Option<u64>) -> Opt
         };
         return spool.gaps(wanted).first().copied().or(Some(last));
     }
-    fill.first_wanted(size_hint.filter(|&size| size > SMALL)?)
+    let size = fill.told?.size;
+    fill.first_wanted(Some(size).filter(|&size| size > fill.always_whole())?)
 }
 
 /// The spool with room reserved for it; `None` when the disk does not take it.

@@ -376,7 +376,7 @@ impl Transfer {
         };
         let worth = self.size.is_some_and(|size| {
             let whole = self.appetite(size) == Appetite::Whole;
-            size <= SMALL || (whole && self.spool.total() >= size / 2)
+            whole && (size <= SMALL || self.spool.total() >= size / 2)
         });
         if worth || self.size.is_none() || since.elapsed() < ABANDONED {
             return Flow::On;
