@@ -197,11 +197,14 @@ impl Cache {
             .probe(grant.source(), Thing::Blob, digest.clone(), deadline)
             .await?;
         Ok(BlobHead {
-            size: probe
-                .size
-                .or_else(|| self.inner.told.get(&known).map(|told| told.size)),
+            size: probe.size.or_else(|| self.told_size(&known)),
             verdict: Verdict::Miss,
         })
+    }
+
+    /// The size that a manifest told of.
+    fn told_size(&self, digest: &Digest) -> Option<u64> {
+        self.inner.told.get(digest).map(|told| told.size)
     }
 
     fn wanted(

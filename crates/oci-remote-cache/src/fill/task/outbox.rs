@@ -77,7 +77,7 @@ impl Outbox {
         state.waiting.extend(batch);
         match std::mem::replace(&mut state.writer, Writer::Away) {
             Writer::Idle(writer) => Some(writer),
-            other => {
+            other @ (Writer::Away | Writer::Broken(_)) => {
                 state.writer = other;
                 None
             }
@@ -87,16 +87,8 @@ impl Outbox {
     async fn until(&self, done: impl Fn(&State) -> bool) -> io::Result<()> {
         loop {
             let rung = self.progress.notified();
-            {
-                let mut state = self.state();
-                if let Writer::Broken(error) = &mut state.writer {
-                    return Err(error
-                        .take()
-                        .unwrap_or_else(|| io::Error::other("the disk refused before")));
-                }
-                if done(&state) {
-                    return Ok(());
-                }
+            if let Some(settled) = self.state().settled(&done) {
+                return settled;
             }
             rung.await;
         }
@@ -142,5 +134,16 @@ impl Outbox {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// The end of waiting: for what was waited for, or with the disk's error.
+    fn settled(&mut self, done: impl Fn(&Self) -> bool) -> Option<io::Result<()>> {
+        if let Writer::Broken(error) = &mut self.writer {
+            let known = || io::Error::other("the disk refused before");
+            return Some(Err(error.take().unwrap_or_else(known)));
+        }
+        done(self).then_some(Ok(()))
     }
 }

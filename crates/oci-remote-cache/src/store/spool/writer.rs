@@ -81,21 +81,25 @@ impl PieceSum {
     fn take_in(&mut self, mut position: u64, parts: &[Bytes]) -> Vec<Sum> {
         let mut ended = Vec::new();
         for part in parts {
-            let mut rest = part.as_ref();
-            while !rest.is_empty() {
-                let room = usize::try_from(PIECE - position % PIECE).unwrap_or(rest.len());
-                let (taken, more) = rest.split_at(room.min(rest.len()));
-                self.hasher.update(taken);
-                position += taken.len() as u64;
-                if position.is_multiple_of(PIECE) {
-                    ended.push(self.until(position));
-                    *self = Self::at(position);
-                }
-                rest = more;
-            }
+            self.take_part(position, part, &mut ended);
+            position += part.len() as u64;
         }
         ended.push(self.until(position));
         ended
+    }
+
+    fn take_part(&mut self, mut position: u64, mut part: &[u8], ended: &mut Vec<Sum>) {
+        while !part.is_empty() {
+            let room = usize::try_from(PIECE - position % PIECE).unwrap_or(part.len());
+            let (taken, rest) = part.split_at(room.min(part.len()));
+            self.hasher.update(taken);
+            position += taken.len() as u64;
+            if position.is_multiple_of(PIECE) {
+                ended.push(self.until(position));
+                *self = Self::at(position);
+            }
+            part = rest;
+        }
     }
 
     fn until(&self, end: u64) -> Sum {
