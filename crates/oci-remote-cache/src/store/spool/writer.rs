@@ -1,7 +1,7 @@
 //! One range of a spool, written front to back, and the checksums of the pieces that pass through.
 
-use std::fs::File;
-use std::io::{self, IoSlice};
+use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -9,9 +9,6 @@ use oci::Slice;
 
 use super::{Spool, checksum_of};
 use crate::store::pieces::PIECE;
-
-/// Parts given to one system call, at most; the kernel takes 1024.
-const PARTS: usize = 256;
 
 /// Writes one range of a spool, front to back.
 #[derive(Debug)]
@@ -46,11 +43,9 @@ impl SpoolWriter {
     /// Writes `parts` after what was written before and counts them as arrived; returns the offset behind them. Blocks on the disk.
     pub fn write(&mut self, parts: &[Bytes]) -> io::Result<u64> {
         let start = self.position;
-        for parts in parts.chunks(PARTS) {
-            let mut slices: Vec<IoSlice<'_>> =
-                parts.iter().map(|part| IoSlice::new(part)).collect();
-            write_all_vectored(&self.spool.file, &mut slices, self.position)?;
-            self.position += parts.iter().map(|part| part.len() as u64).sum::<u64>();
+        for part in parts {
+            self.spool.file.write_all_at(part, self.position)?;
+            self.position += part.len() as u64;
         }
         let sums = self.sum.take_in(start, parts);
         let written = Slice {
@@ -111,26 +106,4 @@ impl PieceSum {
             checksum: self.hasher.clone().finalize(),
         }
     }
-}
-
-/// Writes all of `slices` at `offset`.
-fn write_all_vectored(
-    file: &File,
-    mut slices: &mut [IoSlice<'_>],
-    mut offset: u64,
-) -> io::Result<()> {
-    // Takes out the empty ones in front: of an empty blob there is nothing to write.
-    IoSlice::advance_slices(&mut slices, 0);
-    while !slices.is_empty() {
-        match rustix::io::pwritev(file, slices, offset) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => {
-                offset += written as u64;
-                IoSlice::advance_slices(&mut slices, written);
-            }
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
 }
