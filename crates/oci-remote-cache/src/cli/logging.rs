@@ -16,6 +16,9 @@ use tracing_subscriber::{EnvFilter, Registry, fmt};
 /// Lines that may wait to be written.
 const QUEUED_LINES: usize = 10_000;
 
+/// Bytes of lines that are written at once when many come: 64 KiB. The thread that writes them flushes when no more are waiting.
+const LOG_BUFFER: usize = 64 << 10;
+
 /// How often `-v` was given.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Verbosity(pub(super) u8);
@@ -80,7 +83,7 @@ pub(super) fn filter(
 pub(super) fn init(filter: LogFilter) -> Result<WorkerGuard, String> {
     let (writer, guard) = NonBlockingBuilder::default()
         .buffered_lines_limit(QUEUED_LINES)
-        .finish(io::stderr());
+        .finish(io::BufWriter::with_capacity(LOG_BUFFER, io::stderr()));
     // A standard error that is gone must not end the process: what cannot be logged is not complained about either.
     let layer = fmt::layer().with_writer(writer).log_internal_errors(false);
     let outcome = if io::stderr().is_terminal() {
