@@ -236,7 +236,7 @@ impl Cache {
     ) -> Result<BlobAnswer, CacheError> {
         match joined.open(deadline).await {
             Ok(Some(open)) => {
-                self.lift(grant.source()).await;
+                self.lift(grant.source(), None).await;
                 // Verified means that all is here, though its file may not have its name yet.
                 let verdict = if open.is_verified() {
                     Verdict::Hit

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use oci::{AnyDigest, Digest, MANIFEST_LIMIT, ManifestView, MediaType, Reference, Tag};
 
 use super::error::{CacheError, Thing};
-use super::freshness::{Fallback, Freshness, Meanwhile};
+use super::freshness::{Fallback, Freshness, Instead, Meanwhile};
 use super::right::{Claim, refused};
 use super::{Cache, all_of, manifest_ask};
 use crate::clock::Timestamp;
@@ -119,6 +119,17 @@ impl Cache {
                 let how = (wish.method, Verdict::Hit, age);
                 self.by_record(grant, &record, how, deadline).await?
             }
+            (Freshness::Stale(age, Instead::Offline, _), Some(record)) => {
+                let how = (wish.method, Why::Offline);
+                match self.stale(grant, &record, how).await {
+                    Some(held) => held,
+                    // Says that the upstream is switched off, unless it is a HEAD.
+                    None => {
+                        let how = (wish.method, Verdict::Stale(Why::Offline), age);
+                        self.by_record(grant, &record, how, deadline).await?
+                    }
+                }
+            }
             (Freshness::Stale(age, instead, meanwhile), Some(record)) => {
                 if meanwhile == Meanwhile::Ask {
                     self.revalidate_later(grant.source(), tag, wish.method);
@@ -179,24 +190,26 @@ impl Cache {
         stale.ok_or(error)
     }
 
-    /// What is held for a tag whose upstream does not answer; `None` when the manifest is not held.
+    /// What is held for a tag whose upstream does not answer, of what it means or else meant before; `None` when that is nothing.
     async fn stale(
         &self,
         grant: &Grant,
         record: &TagRecord,
         (method, why): (Method, Why),
     ) -> Option<ManifestAnswer> {
-        if !self.is_member(grant.source(), &record.digest, Kind::Manifest) {
-            return None;
+        let meaning = self.held_meaning(record)?;
+        let held = self.held(&meaning.digest).await?;
+        if meaning.digest != record.digest {
+            tracing::info!(source = %grant.source(), tag = %record.tag, new = %record.digest, held = %meaning.digest,
+                "the tag has moved, but its new manifest is not held: serving the one before");
         }
-        let held = self.held(&record.digest).await?;
         Some(ManifestAnswer {
-            digest: record.digest.into(),
-            media_type: record.media_type.clone(),
-            size: record.size,
+            digest: meaning.digest.into(),
+            media_type: held.media_type,
+            size: held.body.len() as u64,
             body: (method == Method::Get).then_some(held.body),
             verdict: Verdict::Stale(why),
-            age: Some(record.checked.age(self.inner.clock.now())),
+            age: Some(meaning.seen.age(self.inner.clock.now())),
         })
     }
 
@@ -325,7 +338,7 @@ impl Cache {
                     .await);
             }
         };
-        self.lift(source).await;
+        self.lift(source, Some(answer.0.credential())).await;
         let judged = read_manifest(source, answer, Some(digest))?;
         Ok(self.keep(source, judged, None).await)
     }

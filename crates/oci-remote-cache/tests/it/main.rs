@@ -32,6 +32,8 @@ mod listings;
 #[cfg(test)]
 mod logins;
 #[cfg(test)]
+mod moved;
+#[cfg(test)]
 mod never_worse;
 #[cfg(test)]
 mod once;
