@@ -14,6 +14,8 @@ mod contract;
 #[cfg(test)]
 mod durable;
 #[cfg(test)]
+mod dying_disk;
+#[cfg(test)]
 mod encrypted;
 #[cfg(test)]
 mod engine;
