@@ -227,6 +227,16 @@ impl Cache {
         })
     }
 
+    /// A stored blob could not be read to its end: it is looked at, and forgotten if it is damaged, so that the next who asks is given it
+    /// by the upstream.
+    pub fn doubt(&self, digest: Digest) {
+        let store = self.inner.store.clone();
+        self.inner.tasks.spawn(async move {
+            let health = store.check(&digest).await;
+            tracing::warn!(%digest, ?health, "a stored blob could not be read to its end");
+        });
+    }
+
     async fn opened(
         &self,
         grant: &Grant,

@@ -121,13 +121,12 @@ impl Cache {
             }
             (Freshness::Stale(age, Instead::Offline, _), Some(record)) => {
                 let how = (wish.method, Why::Offline);
-                match self.stale(grant, &record, how).await {
-                    Some(held) => held,
+                if let Some(held) = self.stale(grant, &record, how).await {
+                    held
+                } else {
                     // Says that the upstream is switched off, unless it is a HEAD.
-                    None => {
-                        let how = (wish.method, Verdict::Stale(Why::Offline), age);
-                        self.by_record(grant, &record, how, deadline).await?
-                    }
+                    let how = (wish.method, Verdict::Stale(Why::Offline), age);
+                    self.by_record(grant, &record, how, deadline).await?
                 }
             }
             (Freshness::Stale(age, instead, meanwhile), Some(record)) => {

@@ -254,7 +254,7 @@ impl Cache {
         if refused == Some(Refused::Login) {
             let credential = origin.upstream.credential(&source.repository);
             let now = self.inner.clock.now();
-            self.inner.logins.note(source, credential, now);
+            self.inner.logins.note(source, &credential, now);
         }
     }
 

@@ -18,7 +18,7 @@ pub(super) struct Logins {
 
 impl Logins {
     /// An upstream did not take this credential.
-    pub(super) fn note(&self, source: &Source, credential: CredentialId, now: Timestamp) {
+    pub(super) fn note(&self, source: &Source, credential: &CredentialId, now: Timestamp) {
         let mut held = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (source.upstream.clone(), credential.clone());
         let known = held.contains_key(&key);

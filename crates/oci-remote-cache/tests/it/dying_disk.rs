@@ -8,10 +8,11 @@ use std::time::Duration;
 use tempfile::TempDir;
 use testbed::cache::blob_path;
 use testbed::{
-    CacheProcess, Content, ImageSpec, Kind, Registry, Request, ServeOptions, Upstream, assert_good,
-    eventually, faults,
+    CacheBuilder, CacheProcess, Content, ImageSpec, Kind, Registry, Request, ServeOptions,
+    Upstream, assert_good, eventually, faults,
 };
 
+use crate::encrypted::{Office, url};
 use crate::stage::{BINARY, REPO, assert_holds, cache, said};
 
 const MIB: usize = 1 << 20;
@@ -26,6 +27,10 @@ struct Ward {
 impl Ward {
     /// `None` where the calls cannot be got in between: no C compiler, or a binary that brings its own C library.
     async fn open() -> Option<Self> {
+        Self::of(cache()).await
+    }
+
+    async fn of(builder: CacheBuilder) -> Option<Self> {
         let folder = tempfile::tempdir().expect("make a folder");
         let shim = folder.path().join("eio.so");
         let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/it/eio.c");
@@ -43,7 +48,7 @@ impl Ward {
             return None;
         }
         let registry = Registry::start().await;
-        let cache = cache()
+        let cache = builder
             .upstream(Upstream::new("up", registry.url()))
             .environment("LD_PRELOAD", &shim.display().to_string())
             .environment("EIO", &folder.path().display().to_string())
@@ -192,5 +197,30 @@ async fn what_cannot_be_read_is_fetched() {
     }
     ward.assert_recovers(&blob).await;
     ward.cache.pull("up", &image).await;
+    ward.cache.check_invariants().await;
+}
+
+/// A stored blob turns out to be unreadable when its first bytes are out already: that answer is cut, and the next is whole again. By TLS,
+/// since sendfile(2) does not go through the C library.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_breaks_off_is_fetched_the_next_time() {
+    let office = Office::new();
+    let Some(ward) = Ward::of(office.cache()).await else {
+        return;
+    };
+    let blob = ward.blob(3 * MIB, "layer");
+    let client = office.client(|builder| builder);
+    let path = url(&ward.cache, &blob_path("up", REPO, blob.digest));
+    let get = async || client.get(&path).send().await?.bytes().await;
+    assert!(get().await.is_ok_and(|bytes| bytes == blob.data));
+    ward.cache.wait_until_stored(&blob.digest).await;
+    ward.ail("late");
+    assert!(get().await.is_err(), "what cannot be read was completed");
+    let gone = eventually(Duration::from_secs(5), || !ward.cache.holds(&blob.digest));
+    assert!(gone.await, "it would be cut for ever");
+    ward.heal("late");
+    assert!(get().await.is_ok_and(|bytes| bytes == blob.data));
+    assert_eq!(ward.registry.count((Kind::Blob, "GET")), 2);
+    assert_holds(&ward.cache, [&blob]).await;
     ward.cache.check_invariants().await;
 }

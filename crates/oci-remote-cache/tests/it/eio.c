@@ -1,5 +1,5 @@
 /* Stands between a program and its C library: calls on files below spool/ and blobs/ fail with EIO, as those of a dying disk do.
- * What fails is said by empty files in the folder $EIO: `write` (beyond the first MiB), `sync`, `open` and `read`. */
+ * What fails is said by empty files in the folder $EIO: `write` (beyond the first MiB), `sync`, `open`, `read`, and `late` (reads beyond it). */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -42,7 +42,8 @@ ssize_t pwrite64(int fd, const void *bytes, size_t count, off64_t at) {
 ssize_t pread64(int fd, void *bytes, size_t count, off64_t at) {
   static ssize_t (*real)(int, void *, size_t, off64_t);
   if (!real) real = dlsym(RTLD_NEXT, "pread64");
-  if (ill("read") && lies_below(fd, "/blobs/")) FAIL;
+  int fails = ill("read") || (at + (off64_t)count > SPARED && ill("late"));
+  if (fails && lies_below(fd, "/blobs/")) FAIL;
   return real(fd, bytes, count, at);
 }
 
