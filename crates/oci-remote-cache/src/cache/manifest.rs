@@ -189,29 +189,6 @@ impl Cache {
         stale.ok_or(error)
     }
 
-    /// What is held for a tag whose upstream does not answer, of what it means or else meant before; `None` when that is nothing.
-    async fn stale(
-        &self,
-        grant: &Grant,
-        record: &TagRecord,
-        (method, why): (Method, Why),
-    ) -> Option<ManifestAnswer> {
-        let meaning = self.held_meaning(record)?;
-        let held = self.held(&meaning.digest).await?;
-        if meaning.digest != record.digest {
-            tracing::info!(source = %grant.source(), tag = %record.tag, new = %record.digest, held = %meaning.digest,
-                "the tag has moved, but its new manifest is not held: serving the one before");
-        }
-        Some(ManifestAnswer {
-            digest: meaning.digest.into(),
-            media_type: held.media_type,
-            size: held.body.len() as u64,
-            body: (method == Method::Get).then_some(held.body),
-            verdict: Verdict::Stale(why),
-            age: Some(meaning.seen.age(self.inner.clock.now())),
-        })
-    }
-
     /// Answers with a tag's mapping, fetching the manifest by digest where only the mapping is held.
     async fn by_record(
         &self,

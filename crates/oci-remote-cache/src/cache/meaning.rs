@@ -3,12 +3,16 @@
 //! A HEAD tells that a tag has moved without bringing the new manifest. Until that is fetched, only an earlier one can be given when the
 //! upstream goes silent; the tag's history in the catalog knows which, also after a restart.
 
+use oci::Digest;
+
 use super::Cache;
 use super::freshness::{Held, Past, stand_in};
+use super::manifest::{ManifestAnswer, Method};
 use crate::clock::Timestamp;
 use crate::names::Source;
+use crate::policy::Grant;
 use crate::store::catalog::{Kind, TagRecord};
-use oci::Digest;
+use crate::verdict::{Verdict, Why};
 
 /// What a tag means as far as it can be given without the upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +42,29 @@ impl Cache {
             });
         }
         self.earlier(record)
+    }
+
+    /// What is held for a tag whose upstream does not answer, of what it means or else meant before; `None` when that is nothing.
+    pub(super) async fn stale(
+        &self,
+        grant: &Grant,
+        record: &TagRecord,
+        (method, why): (Method, Why),
+    ) -> Option<ManifestAnswer> {
+        let meaning = self.held_meaning(record)?;
+        let held = self.held(&meaning.digest).await?;
+        if meaning.digest != record.digest {
+            tracing::info!(source = %grant.source(), tag = %record.tag, new = %record.digest, held = %meaning.digest,
+                "the tag has moved, but its new manifest is not held: serving the one before");
+        }
+        Some(ManifestAnswer {
+            digest: meaning.digest.into(),
+            media_type: held.media_type,
+            size: held.body.len() as u64,
+            body: (method == Method::Get).then_some(held.body),
+            verdict: Verdict::Stale(why),
+            age: Some(meaning.seen.age(self.inner.clock.now())),
+        })
     }
 
     fn earlier(&self, record: &TagRecord) -> Option<Meaning> {

@@ -86,14 +86,18 @@ impl Ward {
             self.cache.log().contains("\"WARN\"")
         });
         assert!(told.await, "no warning tells of it");
-        let page = self.cache.metrics().await;
-        let faults = page
-            .lines()
-            .find_map(|line| line.strip_prefix("oci_remote_cache_store_faults_total "));
-        assert!(
-            faults.is_some_and(|count| count != "0"),
-            "no metric tells of it: {faults:?}"
-        );
+        let counted = async || {
+            let page = self.cache.metrics().await;
+            page.contains("oci_remote_cache_store_faults_total ")
+                && !page.contains("oci_remote_cache_store_faults_total 0\n")
+        };
+        for _ in 0..50 {
+            if counted().await {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        assert!(counted().await, "no metric tells of it");
         assert!(!self.cache.holds(&blob.digest), "it is stored");
         let swept = eventually(Duration::from_secs(5), || {
             self.cache.spool_files().is_empty()
@@ -127,6 +131,7 @@ async fn a_write_that_fails_in_mid_transfer_costs_no_reader() {
     };
     let blob = ward.blob(12 * MIB, "large");
     ward.ail("write");
+    ward.cache.restart().await;
     let request = Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data);
     for response in request.storm(ward.cache.port(), 12).await {
         assert!(response.is_right(), "{response} ({:?})", response.right);
@@ -143,6 +148,7 @@ async fn a_write_that_fails_in_mid_transfer_costs_no_reader() {
     assert!(!response.is_whole(), "wrong bytes were completed");
     ward.registry.clear_scripts();
     ward.heal("write");
+    ward.cache.restart().await;
     ward.assert_recovers(&blob).await;
     ward.cache.check_invariants().await;
 }
