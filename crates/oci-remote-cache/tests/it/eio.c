@@ -1,5 +1,5 @@
 /* Stands between a program and its C library: calls on files below spool/ and blobs/ fail with EIO, as those of a dying disk do.
- * What fails is said by empty files in the folder $EIO: `write` (beyond the first MiB; looked at when the program starts), `sync`, `open`, `read`, and `late` (reads beyond it). */
+ * What fails is said by empty files in the folder $EIO: `write` (beyond the first MiB; there before the program starts), `sync`, `open`, `read`, and `late` (reads beyond it). */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -37,7 +37,14 @@ static int lies_below(int fd, const char *folder) {
 
 #define FAIL do { errno = EIO; return -1; } while (0)
 
-/* Positioned writes do not go through the C library, so the kernel is told to refuse them: for as long as the process lives. */
+ssize_t pwrite64(int fd, const void *bytes, size_t count, off64_t at) {
+  static ssize_t (*real)(int, const void *, size_t, off64_t);
+  if (!real) real = dlsym(RTLD_NEXT, "pwrite64");
+  if (at + (off64_t)count > SPARED && ill("write") && lies_below(fd, "/spool/")) FAIL;
+  return real(fd, bytes, count, at);
+}
+
+/* Vectored positioned writes do not go through the C library, so the kernel is told to refuse them: for as long as the process lives. */
 __attribute__((constructor)) static void refuse_writes(void) {
   if (!ill("write")) return;
   struct sock_filter steps[] = {
