@@ -162,6 +162,37 @@ blobs_before=$(grep -c 'GET .*/blobs/' "$E2E_WORK/token.log")
 each_sees "guarded: everything is back at the first 200" guarded.test "$OLD"
 same "guarded: and no blob was fetched again" "$(grep -c 'GET .*/blobs/' "$E2E_WORK/token.log")" "$blobs_before"
 
+# The token server itself says no to everybody, and then that it cannot. Nothing is erased, and nothing fetched again.
+token_says() { # STATUS; tag and token are past their time afterwards
+  printf '%s' "$1" >"$TOKEN_STATUS.new" && mv "$TOKEN_STATUS.new" "$TOKEN_STATUS"
+  sleep $((TTL + TOKEN_LIFE))
+}
+held() { find "$CACHE_DIR/blobs" -type f | sort; }
+blob_gets() { grep -c 'GET .*/blobs/' "$E2E_WORK/token.log"; }
+for status in 401 403; do
+  held_before=$(held)
+  blobs_before=$(blob_gets)
+  token_says "$status"
+  same "guarded, the token server says $status: refused" "$(status_of guarded.test)" 403
+  each_is_refused "guarded, the token server says $status: nothing is served" guarded.test
+  check "guarded, the token server says $status: /readyz says that somebody refuses us" \
+    sh -c "curl -sf http://$CACHE/readyz | grep 'guarded.test.*our own credential'"
+  each_sees "guarded, the token server says $status: another upstream is as it was" plain.test "$OLD"
+  same "guarded, the token server says $status: nothing is erased" "$(held)" "$held_before"
+  rm "$TOKEN_STATUS"
+  sleep 2
+  each_sees "guarded, after $status: everything is back" guarded.test "$OLD"
+  same "guarded, after $status: no blob was fetched again" "$(blob_gets)" "$blobs_before"
+  check "guarded, after $status: /readyz has nothing to say" sh -c "! curl -sf http://$CACHE/readyz | grep guarded.test"
+done
+token_says 503
+check "guarded, the token server says 503: what is stale says so" says guarded.test 'warning: 299.*token-failed'
+each_sees "guarded, the token server says 503: the old digest" guarded.test "$OLD"
+rm "$TOKEN_STATUS"
+sleep 2
+each_sees "guarded, after 503: the digest" guarded.test "$OLD"
+check "guarded, after 503: nothing is stale" wait_until 15 sh -c "! curl -s -o /dev/null -D - http://$CACHE/v2/guarded.test/$REPO/manifests/$TAG | grep -i '^warning'"
+
 # The tag moves.
 check "the tag moves" move v2
 expire

@@ -13,6 +13,7 @@ LIBRARY_REPO=library/oci-remote-cache-e2e # what dockerd asks its mirror for; no
 UPSTREAM_USER=puller
 UPSTREAM_PASSWORD=sesame-e2e
 TOKEN_LIFE=4 # seconds
+export TOKEN_STATUS=${E2E_WORK:-}/token.status # while it is there, the token server answers everybody with the status in it
 
 # ── reporting ──
 
@@ -58,7 +59,7 @@ same() { # WHAT GOT WANTED
 e2e_init() {
   # A short name: podman refuses a run folder of more than 50 characters, and a socket's path has an end too.
   E2E_WORK=$(mktemp -d /tmp/orc-e2e.XXXXXX)
-  export E2E_WORK
+  export E2E_WORK TOKEN_STATUS=$E2E_WORK/token.status
   local names="anon basic token auth redirect cdn backing cache admin fault" ports name
   # Below the range that the kernel gives to outgoing connections, so that none of those can take one of ours.
   ports=$(python3 - $names <<'PY'

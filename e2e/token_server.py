@@ -5,11 +5,13 @@ usage: token_server.py PORT KEY.pem CERT.pem USER PASSWORD|@FILE EXPIRES_IN [PUB
 
 GET /token?service=S&scope=repository:NAME:ACTIONS answers {"token", "expires_in"}. Without the right Basic credentials the token
 grants nothing but pulling from public repositories. A password in a file is read for each request, so that it can be rotated. Signing is left to the openssl command, so that Python's standard library is enough.
+While the file named by $TOKEN_STATUS exists, everybody is answered with the status that is written in it.
 """
 
 import base64
 import hmac
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ ISSUER = "e2e"
 # so that a token that is used too long really fails.
 REGISTRY_LEEWAY = 60
 
+STATUS_FILE = os.environ.get("TOKEN_STATUS", "")
 PORT, KEY, CERT, USER, PASSWORD, EXPIRES_IN, *PUBLIC = sys.argv[1:]
 
 
@@ -30,6 +33,15 @@ def basic():
         with open(password[1:], encoding="utf-8") as file:
             password = file.read().strip()
     return "Basic " + base64.b64encode(f"{USER}:{password}".encode()).decode()
+
+
+def refusal():
+    """The status for everybody, or None."""
+    try:
+        with open(STATUS_FILE, encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return None
 
 
 def b64url(data):
@@ -75,6 +87,11 @@ class Handler(BaseHTTPRequestHandler):
         query = urllib.parse.parse_qs(url.query)
         if url.path != "/token":
             self.answer(404, {"error": "not found"})
+            return
+        status = refusal()
+        if status:
+            print("refused", status, flush=True)
+            self.answer(status, {"errors": [{"code": "DENIED", "message": "not today"}]})
             return
         known = hmac.compare_digest(self.headers.get("Authorization", ""), basic())
         scopes = [one for value in query.get("scope", []) for one in value.split()]

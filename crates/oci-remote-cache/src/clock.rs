@@ -6,6 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+/// How far a clock is set back in passing, by a time service that corrects it.
+const CORRECTION_MS: i64 = 5000;
+
 /// A moment in milliseconds since the Unix epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(pub i64);
@@ -35,6 +38,12 @@ impl Clock {
         Timestamp(millis.saturating_add(self.moved_ms.load(Ordering::Relaxed)))
     }
 
+    /// Moves this clock and all its clones back, for tests.
+    pub fn set_back(&self, by: Duration) {
+        let millis = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
+        self.moved_ms.fetch_sub(millis, Ordering::Relaxed);
+    }
+
     /// Moves this clock and all its clones forward, for tests.
     pub fn advance(&self, by: Duration) {
         let millis = i64::try_from(by.as_millis()).unwrap_or(i64::MAX);
@@ -46,6 +55,15 @@ impl Timestamp {
     /// How long before `now` this was; zero when it lies in the future (the clock was set back).
     pub fn age(self, now: Timestamp) -> Duration {
         Duration::from_millis(u64::try_from(now.0.saturating_sub(self.0)).unwrap_or(0))
+    }
+
+    /// The age to judge by: what lies further ahead of `now` than clocks are usually corrected by was written down under a clock that
+    /// has been set back since. How old it is nobody knows, so it is older than anything.
+    pub fn counted_age(self, now: Timestamp) -> Duration {
+        if self.0 > now.0.saturating_add(CORRECTION_MS) {
+            return Duration::MAX;
+        }
+        self.age(now)
     }
 
     /// Seconds since the epoch.
@@ -85,7 +103,22 @@ fn civil(days: i64) -> (i64, i64, i64) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::Timestamp;
+
+    #[test]
+    fn what_lies_ahead_is_of_no_known_age() {
+        let now = Timestamp(1_000_000);
+        for (then, age, counted) in [
+            (990_000, 10, Duration::from_secs(10)),
+            (1_005_000, 0, Duration::ZERO),
+            (1_005_001, 0, Duration::MAX),
+        ] {
+            assert_eq!(Timestamp(then).age(now), Duration::from_secs(age));
+            assert_eq!(Timestamp(then).counted_age(now), counted);
+        }
+    }
 
     #[test]
     fn moments_as_people_write_them() {

@@ -46,6 +46,17 @@ impl Cache {
         }
     }
 
+    /// Whether a request would be let in without asking the upstream.
+    pub(super) fn is_let_in(&self, source: &Source) -> bool {
+        let Ok(origin) = self.origin(source) else {
+            return false;
+        };
+        origin.shown == Shown::All || self.is_anonymous(source) || {
+            let since = self.inner.store.catalog().public_since(source);
+            since.is_some_and(|since| is_believed(since, self.inner.clock.now()))
+        }
+    }
+
     fn is_anonymous(&self, source: &Source) -> bool {
         self.origin(source).is_ok_and(|origin| {
             origin

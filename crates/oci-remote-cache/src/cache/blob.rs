@@ -227,6 +227,16 @@ impl Cache {
         })
     }
 
+    /// A stored blob could not be read to its end: it is looked at, and forgotten if it is damaged, so that the next who asks is given it
+    /// by the upstream.
+    pub fn doubt(&self, digest: Digest) {
+        let store = self.inner.store.clone();
+        self.inner.tasks.spawn(async move {
+            let health = store.check(&digest).await;
+            tracing::warn!(%digest, ?health, "a stored blob could not be read to its end");
+        });
+    }
+
     async fn opened(
         &self,
         grant: &Grant,
@@ -236,7 +246,7 @@ impl Cache {
     ) -> Result<BlobAnswer, CacheError> {
         match joined.open(deadline).await {
             Ok(Some(open)) => {
-                self.lift(grant.source()).await;
+                self.lift(grant.source(), None).await;
                 // Verified means that all is here, though its file may not have its name yet.
                 let verdict = if open.is_verified() {
                     Verdict::Hit

@@ -66,6 +66,30 @@ pub struct Known {
     pub checked: Timestamp,
     /// What it said then.
     pub word: Word,
+    /// Whether what it means can be given without the upstream.
+    pub held: Held,
+}
+
+/// What is held of a tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// The manifest that it means.
+    Meant,
+    /// Only one that it meant before: the upstream said by HEAD that it moved, and nobody has fetched the new one.
+    Earlier,
+    /// Neither.
+    Nothing,
+}
+
+/// One of a tag's meanings, as something to fall back on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Past {
+    /// Its manifest is held.
+    Held,
+    /// It is not.
+    NotHeld,
+    /// The upstream deleted the tag when it meant this.
+    Deleted,
 }
 
 /// The upstream's last word on a tag.
@@ -184,6 +208,13 @@ impl From<Instead> for Why {
     }
 }
 
+/// How long ago a tag was checked: as it is told, and as it counts.
+#[derive(Clone, Copy)]
+struct Age {
+    told: Duration,
+    counted: Duration,
+}
+
 /// Judges a tag.
 pub fn judge(
     rule: Rule,
@@ -194,8 +225,14 @@ pub fn judge(
     let Some(known) = known else {
         return Freshness::Ask(Fallback::Nothing);
     };
-    let age = known.checked.age(now);
+    let age = Age {
+        told: known.checked.age(now),
+        counted: known.checked.counted_age(now),
+    };
     match (known.word, rule.on_deleted) {
+        (Word::Holds, on_deleted) if known.held == Held::Earlier => {
+            moved(age.told, on_deleted, circumstances)
+        }
         (Word::Refused, _) => Freshness::Ask(Fallback::Refused),
         (Word::Deleted, OnDeleted::Remove) => Freshness::Ask(Fallback::Gone),
         (Word::Deleted, OnDeleted::Serve) => deleted(rule, age, circumstances),
@@ -203,25 +240,48 @@ pub fn judge(
     }
 }
 
-fn holds(rule: Rule, age: Duration, circumstances: Circumstances) -> Freshness {
+/// Which of a tag's meanings, the latest first, is served when the upstream gives no answer: the latest that is held. Nothing from before
+/// the tag was deleted comes back.
+pub fn stand_in<T>(meanings: impl IntoIterator<Item = T>, past: impl Fn(&T) -> Past) -> Option<T> {
+    for meaning in meanings {
+        match past(&meaning) {
+            Past::Held => return Some(meaning),
+            Past::NotHeld => {}
+            Past::Deleted => return None,
+        }
+    }
+    None
+}
+
+/// A tag that has moved to a manifest nobody has fetched. A client that were told the new digest could get it only from the upstream: so
+/// the upstream is asked each time, by HEAD, and while it is silent the tag goes on meaning what is held.
+fn moved(age: Duration, on_deleted: OnDeleted, circumstances: Circumstances) -> Freshness {
+    match (circumstances.reach, on_deleted) {
+        (Reach::Offline, _) => Freshness::Stale(age, Instead::Offline, Meanwhile::Rest),
+        (Reach::Online, OnDeleted::Remove) => Freshness::Ask(Fallback::Held),
+        (Reach::Online, OnDeleted::Serve) => Freshness::Ask(Fallback::HeldThoughDeleted),
+    }
+}
+
+fn holds(rule: Rule, age: Age, circumstances: Circumstances) -> Freshness {
     let ttl = match rule.lasting {
-        Lasting::Ever => return Freshness::Fresh(age, Because::Immutable),
+        Lasting::Ever => return Freshness::Fresh(age.told, Because::Immutable),
         Lasting::For(ttl) => ttl,
     };
-    if age < ttl {
-        return Freshness::Fresh(age, Because::Checked);
+    if age.counted < ttl {
+        return Freshness::Fresh(age.told, Because::Checked);
     }
     if circumstances.reach == Reach::Offline {
-        return Freshness::Stale(age, Instead::Offline, Meanwhile::Rest);
+        return Freshness::Stale(age.told, Instead::Offline, Meanwhile::Rest);
     }
-    if age < stretched(ttl, circumstances.strain) {
-        return Freshness::Fresh(age, Because::Stretched);
+    if age.counted < stretched(ttl, circumstances.strain) {
+        return Freshness::Fresh(age.told, Because::Stretched);
     }
     if circumstances.strain == Strain::Spent {
-        return Freshness::Stale(age, Instead::Reserved, Meanwhile::Rest);
+        return Freshness::Stale(age.told, Instead::Reserved, Meanwhile::Rest);
     }
-    if age < ttl.saturating_add(rule.window) {
-        return Freshness::Stale(age, Instead::Window, Meanwhile::Ask);
+    if age.counted < ttl.saturating_add(rule.window) {
+        return Freshness::Stale(age.told, Instead::Window, Meanwhile::Ask);
     }
     match rule.on_deleted {
         OnDeleted::Remove => Freshness::Ask(Fallback::Held),
@@ -230,13 +290,13 @@ fn holds(rule: Rule, age: Duration, circumstances: Circumstances) -> Freshness {
 }
 
 /// A tag that is served although it is gone: asked for again as often as one that is there.
-fn deleted(rule: Rule, age: Duration, circumstances: Circumstances) -> Freshness {
+fn deleted(rule: Rule, age: Age, circumstances: Circumstances) -> Freshness {
     let rests = match rule.lasting {
         Lasting::Ever => true,
-        Lasting::For(ttl) => age < stretched(ttl, circumstances.strain),
+        Lasting::For(ttl) => age.counted < stretched(ttl, circumstances.strain),
     };
     if rests || circumstances.reach == Reach::Offline || circumstances.strain == Strain::Spent {
-        return Freshness::Stale(age, Instead::Deleted, Meanwhile::Rest);
+        return Freshness::Stale(age.told, Instead::Deleted, Meanwhile::Rest);
     }
     Freshness::Ask(Fallback::HeldThoughDeleted)
 }
@@ -283,7 +343,11 @@ mod tests {
         let checked = Timestamp(1_000_000);
         let age = i64::try_from(age).unwrap();
         (
-            Some(Known { checked, word }),
+            Some(Known {
+                checked,
+                word,
+                held: Held::Meant,
+            }),
             Timestamp(1_000_000 + age * 1000),
         )
     }
@@ -372,6 +436,17 @@ mod tests {
         }
     }
 
+    /// Set back, the clock does not make a tag young again.
+    #[test]
+    fn what_was_checked_in_the_future_is_asked_about() {
+        let (record, now) = known(0, Word::Holds);
+        let before = Timestamp(now.0 - 3_600_000);
+        let judged = |circumstances| judge(rule(OnDeleted::Remove), record, circumstances, before);
+        assert_eq!(judged(AT_EASE), ask(Fallback::Held));
+        assert_eq!(judged(SPENT), rest(0, Instead::Reserved));
+        assert_eq!(judged(OFFLINE), rest(0, Instead::Offline));
+    }
+
     #[test]
     fn ttl_zero_is_never_fresh() {
         let rule = Rule {
@@ -443,6 +518,34 @@ mod tests {
             let (known, now) = known(age, word);
             let worse = Circumstances { strain: circumstances.strain.max(more), ..circumstances };
             prop_assert!(distance(judge(rule, known, worse, now)) <= distance(judge(rule, known, circumstances, now)));
+        }
+
+        /// A tag whose new meaning is not held is never called fresh, whatever its age: the upstream is asked, or its silence is told. What
+        /// was refused or deleted is judged as ever.
+        #[test]
+        fn what_is_not_held_is_not_promised(rule in any_rule(), word in any_word(), circumstances in any_circumstances(), age in 0u64..5000) {
+            let (meant, now) = known(age, word);
+            let earlier = meant.map(|known| Known { held: Held::Earlier, ..known });
+            let nothing = meant.map(|known| Known { held: Held::Nothing, ..known });
+            let as_meant = judge(rule, meant, circumstances, now);
+            prop_assert_eq!(judge(rule, nothing, circumstances, now), as_meant);
+            let judged = judge(rule, earlier, circumstances, now);
+            if word != Word::Holds {
+                prop_assert_eq!(judged, as_meant);
+            } else if circumstances.reach == Reach::Offline {
+                prop_assert_eq!(judged, rest(age, Instead::Offline));
+            } else {
+                prop_assert!(matches!(judged, Freshness::Ask(Fallback::Held | Fallback::HeldThoughDeleted)));
+            }
+        }
+
+        /// What stands in is held, nothing held is later than it, and no deletion lies between it and now.
+        #[test]
+        fn the_latest_that_is_held_stands_in(meanings in prop::collection::vec(prop::sample::select(vec![Past::Held, Past::NotHeld, Past::Deleted]), 0..12)) {
+            let found = stand_in(meanings.iter().enumerate(), |(_, past)| **past).map(|(at, _)| at);
+            let end = meanings.iter().position(|past| *past == Past::Deleted).unwrap_or(meanings.len());
+            let wanted = meanings[..end].iter().position(|past| *past == Past::Held);
+            prop_assert_eq!(found, wanted);
         }
 
         /// What the upstream refuses is never served, and what it deleted only where the operator says so.

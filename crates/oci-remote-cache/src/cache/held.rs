@@ -52,7 +52,6 @@ impl Cache {
             Reference::Digest(AnyDigest::Foreign(_)) => return Err(none()),
             Reference::Tag(tag) => {
                 let record = self.tag_record(source, tag).ok_or_else(none)?;
-                let age = record.checked.age(self.inner.clock.now());
                 let verdict = match self.freshness(source, tag, Some(&record))? {
                     Freshness::Fresh(..) => Verdict::Hit,
                     Freshness::Stale(_, Instead::Window, _)
@@ -64,7 +63,9 @@ impl Cache {
                         return Err(none());
                     }
                 };
-                (record.digest, Some(age), verdict)
+                let meaning = self.held_meaning(&record).ok_or_else(none)?;
+                let age = meaning.seen.age(self.inner.clock.now());
+                (meaning.digest, Some(age), verdict)
             }
         };
         self.has_right(grant, &digest, Kind::Manifest)?;

@@ -2,7 +2,7 @@
 //!
 //! An upstream's `Link` to the next page is read for its parameters only. Where it leads is ours to say: the same path here.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,10 +12,10 @@ use quick_cache::Weighter;
 use quick_cache::sync::Cache as Memory;
 use serde::Deserialize;
 
+use super::Cache;
 use super::error::{CacheError, Thing};
 use super::right::refused;
 use super::single_flight::Role;
-use super::{Cache, Shown};
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::Source;
@@ -199,42 +199,32 @@ impl Cache {
         most: u32,
     ) -> Result<Vec<String>, CacheError> {
         let catalog = self.inner.store.catalog().clone();
-        let read = self.inner.tasks.spawn_blocking(move || {
-            let sources = catalog.stored_sources()?;
-            Ok((sources, catalog.suspended()))
-        });
+        let read = self
+            .inner
+            .tasks
+            .spawn_blocking(move || catalog.stored_sources());
         let read = read.await.map_err(|_lost| CacheError::Stopping)?;
-        let (sources, suspended) = read.map_err(|error: StoreError| {
+        let stored = read.map_err(|error: StoreError| {
             self.store_fault(&error);
             CacheError::Disk
         })?;
-        let hidden: HashSet<Source> = suspended.into_iter().map(|(source, _)| source).collect();
-        let mut names: Vec<String> = sources
+        let names: BTreeSet<String> = stored
             .into_iter()
-            .filter(|source| !hidden.contains(source) && self.is_shown(source))
-            .filter(|source| rules.decide(client.name.as_ref(), source).is_ok())
-            .map(|source| source.to_string())
+            .filter(|(source, credential)| self.is_shown(source) && self.counts(source, credential))
+            .filter(|(source, _)| rules.decide(client.name.as_ref(), source).is_ok())
+            .map(|(source, _)| source.to_string())
             .filter(|name| name.as_str() > after)
             .collect();
-        names.sort_unstable();
-        names.truncate(most as usize);
-        Ok(names)
+        Ok(names.into_iter().take(most as usize).collect())
     }
 
-    /// Whether a repository may be named to clients at all.
+    /// Whether a repository may be named to clients at all: only if today it would be served without asking anyone first.
     fn is_shown(&self, source: &Source) -> bool {
-        match self.origin(source).map(|origin| origin.shown) {
-            Ok(Shown::All) => true,
-            Ok(Shown::Public) => {
-                let catalog = self.inner.store.catalog();
-                catalog.public_since(source).is_some()
-            }
-            Err(_not_configured) => false,
-        }
+        matches!(self.is_suspended(source), Ok(false)) && self.is_let_in(source)
     }
 
     pub(super) fn age(&self, listing: &Listing) -> Duration {
-        listing.checked.age(self.inner.clock.now())
+        listing.checked.counted_age(self.inner.clock.now())
     }
 
     async fn ask_listing(
@@ -285,7 +275,7 @@ impl Cache {
                     .await);
             }
         };
-        self.lift(source).await;
+        self.lift(source, Some(answer.credential())).await;
         let listing = self.read_listing(list, &answer, body);
         let listing = Arc::new(listing.ok_or_else(|| upstream.broken(&ask, "not a list in JSON"))?);
         self.inner.listings.pages.insert(key, Arc::clone(&listing));

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use oci::{AnyDigest, Digest, MANIFEST_LIMIT, ManifestView, MediaType, Reference, Tag};
 
 use super::error::{CacheError, Thing};
-use super::freshness::{Fallback, Freshness, Meanwhile};
+use super::freshness::{Fallback, Freshness, Instead, Meanwhile};
 use super::right::{Claim, refused};
 use super::{Cache, all_of, manifest_ask};
 use crate::clock::Timestamp;
@@ -119,6 +119,16 @@ impl Cache {
                 let how = (wish.method, Verdict::Hit, age);
                 self.by_record(grant, &record, how, deadline).await?
             }
+            (Freshness::Stale(age, Instead::Offline, _), Some(record)) => {
+                let how = (wish.method, Why::Offline);
+                if let Some(held) = self.stale(grant, &record, how).await {
+                    held
+                } else {
+                    // Says that the upstream is switched off, unless it is a HEAD.
+                    let how = (wish.method, Verdict::Stale(Why::Offline), age);
+                    self.by_record(grant, &record, how, deadline).await?
+                }
+            }
             (Freshness::Stale(age, instead, meanwhile), Some(record)) => {
                 if meanwhile == Meanwhile::Ask {
                     self.revalidate_later(grant.source(), tag, wish.method);
@@ -177,27 +187,6 @@ impl Cache {
         tracing::warn!(source = %grant.source(), %tag, %error, "serving a tag past its age");
         let stale = self.stale(grant, &record, (method, why)).await;
         stale.ok_or(error)
-    }
-
-    /// What is held for a tag whose upstream does not answer; `None` when the manifest is not held.
-    async fn stale(
-        &self,
-        grant: &Grant,
-        record: &TagRecord,
-        (method, why): (Method, Why),
-    ) -> Option<ManifestAnswer> {
-        if !self.is_member(grant.source(), &record.digest, Kind::Manifest) {
-            return None;
-        }
-        let held = self.held(&record.digest).await?;
-        Some(ManifestAnswer {
-            digest: record.digest.into(),
-            media_type: record.media_type.clone(),
-            size: record.size,
-            body: (method == Method::Get).then_some(held.body),
-            verdict: Verdict::Stale(why),
-            age: Some(record.checked.age(self.inner.clock.now())),
-        })
     }
 
     /// Answers with a tag's mapping, fetching the manifest by digest where only the mapping is held.
@@ -325,7 +314,7 @@ impl Cache {
                     .await);
             }
         };
-        self.lift(source).await;
+        self.lift(source, Some(answer.0.credential())).await;
         let judged = read_manifest(source, answer, Some(digest))?;
         Ok(self.keep(source, judged, None).await)
     }

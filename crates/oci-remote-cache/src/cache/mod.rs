@@ -11,6 +11,7 @@ pub mod freshness;
 mod held;
 pub mod listing;
 pub mod manifest;
+mod meaning;
 mod negative;
 pub mod pattern;
 mod revalidate;
@@ -124,8 +125,8 @@ impl Cache {
             manifests: Memory::with_weighter(4096, MANIFEST_MEMORY, ByLength),
             small: Memory::with_weighter(4096, SMALL_MEMORY, ByLength),
             told: Memory::new(TOLD),
-            negatives: Negatives::new(),
-            not_public: Refused::new(),
+            negatives: Negatives::new(clock.clone()),
+            not_public: Refused::new(clock.clone()),
             openings: Flights::new(tasks.clone()),
             logins: Logins::default(),
             tags: Flights::new(tasks.clone()),

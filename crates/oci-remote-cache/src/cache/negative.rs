@@ -6,6 +6,7 @@ use quick_cache::sync::Cache as Memory;
 use tokio::time::Instant;
 
 use super::error::Thing;
+use crate::clock::{Clock, Timestamp};
 use crate::names::Source;
 
 /// Answers remembered at most.
@@ -23,26 +24,52 @@ pub(super) enum Refusal {
 /// Repositories that were refused, for a while.
 #[derive(Debug)]
 pub(super) struct Refused {
-    known: Memory<Source, Instant>,
+    known: Memory<Source, Life>,
+    clock: Clock,
 }
 
 /// Remembered refusals.
 #[derive(Debug)]
 pub(super) struct Negatives {
-    known: Memory<(Source, Thing, String), (Refusal, Instant)>,
+    known: Memory<(Source, Thing, String), (Refusal, Life)>,
+    clock: Clock,
+}
+
+/// How long a refusal is believed: by the clock by which everything ages here, and by the one that nobody can set back.
+#[derive(Clone, Copy, Debug)]
+struct Life {
+    noted: Timestamp,
+    ttl: Duration,
+    until: Instant,
+}
+
+impl Life {
+    /// A life that begins now; none where nothing is to be remembered.
+    fn new(clock: &Clock, ttl: Duration) -> Option<Self> {
+        (!ttl.is_zero()).then(|| Self {
+            noted: clock.now(),
+            ttl,
+            until: Instant::now() + ttl,
+        })
+    }
+
+    fn is_over(self, clock: &Clock) -> bool {
+        self.noted.age(clock.now()) >= self.ttl || self.until <= Instant::now()
+    }
 }
 
 impl Refused {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(clock: Clock) -> Self {
         Self {
             known: Memory::new(MOST),
+            clock,
         }
     }
 
     /// Remembers a refusal for `ttl`.
     pub(super) fn note(&self, source: Source, ttl: Duration) {
-        if !ttl.is_zero() {
-            self.known.insert(source, Instant::now() + ttl);
+        if let Some(life) = Life::new(&self.clock, ttl) {
+            self.known.insert(source, life);
         }
     }
 
@@ -50,36 +77,57 @@ impl Refused {
     pub(super) fn holds(&self, source: &Source) -> bool {
         self.known
             .get(source)
-            .is_some_and(|until| until > Instant::now())
+            .is_some_and(|life| !life.is_over(&self.clock))
     }
 }
 
 impl Negatives {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(clock: Clock) -> Self {
         Self {
             known: Memory::new(MOST),
+            clock,
         }
     }
 
     /// Remembers a refusal for `ttl`.
     pub(super) fn note(&self, key: (Source, Thing, String), refusal: Refusal, ttl: Duration) {
-        if !ttl.is_zero() {
-            self.known.insert(key, (refusal, Instant::now() + ttl));
+        if let Some(life) = Life::new(&self.clock, ttl) {
+            self.known.insert(key, (refusal, life));
         }
     }
 
     /// The refusal that still holds.
     pub(super) fn find(&self, key: &(Source, Thing, String)) -> Option<Refusal> {
-        let (refusal, until) = self.known.get(key)?;
-        if until > Instant::now() {
-            return Some(refusal);
+        let (refusal, life) = self.known.get(key)?;
+        if life.is_over(&self.clock) {
+            self.known.remove(key);
+            return None;
         }
-        self.known.remove(key);
-        None
+        Some(refusal)
     }
 
     /// Forgets a refusal: the upstream has said otherwise.
     pub(super) fn forget(&self, key: &(Source, Thing, String)) {
         self.known.remove(key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn whichever_clock_runs_out_first_ends_a_refusal() {
+        let clock = Clock::system();
+        let minute = Duration::from_mins(1);
+        let life = || Life::new(&clock, minute).unwrap();
+        let by_the_wall = life();
+        assert!(!by_the_wall.is_over(&clock));
+        clock.advance(minute);
+        assert!(by_the_wall.is_over(&clock));
+        let by_the_wait = life();
+        tokio::time::advance(minute).await;
+        assert!(by_the_wait.is_over(&clock));
+        assert!(Life::new(&clock, Duration::ZERO).is_none());
     }
 }

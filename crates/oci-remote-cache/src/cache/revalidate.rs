@@ -13,7 +13,7 @@ use super::manifest::{Fetched, read_manifest, tag_record};
 use super::right::refused;
 use super::{Cache, manifest_ask};
 use crate::deadline::Deadline;
-use crate::names::Source;
+use crate::names::{CredentialId, Source};
 use crate::store::catalog::{Change, TagRecord};
 use crate::upstream::{Answer, Fault, Method, UpstreamError};
 use crate::verdict::Verdict;
@@ -23,6 +23,7 @@ struct Mapping {
     digest: Digest,
     media_type: MediaType,
     size: u64,
+    credential: CredentialId,
 }
 
 impl Cache {
@@ -53,6 +54,7 @@ impl Cache {
                 (false, true) => Word::Deleted,
                 (false, false) => Word::Holds,
             },
+            held: self.holding(record),
         });
         let origin = self.origin(source)?;
         let circumstances = Circumstances {
@@ -145,7 +147,7 @@ impl Cache {
         tag: &Tag,
         (mapping, before, method): (Mapping, Option<TagRecord>, Method),
     ) -> Result<Fetched, CacheError> {
-        self.lift(source).await;
+        self.lift(source, Some(&mapping.credential)).await;
         let same = before
             .as_ref()
             .is_some_and(|record| record.digest == mapping.digest);
@@ -212,7 +214,7 @@ impl Cache {
             Ok(answer) => answer,
             Err(error) => return Err(self.tag_refused(source, tag, error).await),
         };
-        self.lift(source).await;
+        self.lift(source, Some(answer.0.credential())).await;
         let judged = read_manifest(source, answer, None)?;
         Ok(self
             .keep(source, judged, Some((tag, self.inner.clock.now())))
@@ -277,5 +279,6 @@ fn mapping(answer: &Answer) -> Option<Mapping> {
         digest,
         media_type,
         size,
+        credential: answer.credential().clone(),
     })
 }

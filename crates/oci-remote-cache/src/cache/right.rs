@@ -16,7 +16,7 @@ use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
 use crate::policy::Grant;
 use crate::store::catalog::{Change, Kind, Membership, Proof};
-use crate::upstream::{Fault, Method, Resource, UpstreamError};
+use crate::upstream::{Fault, Method, Refused, Resource, UpstreamError};
 
 /// This repository holds this digest. Only this file makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,7 +85,7 @@ impl Cache {
     }
 
     /// Whether what was proven with `credential` still counts: what anyone may see does, else only what today's credential was shown.
-    fn counts(&self, source: &Source, credential: &CredentialId) -> bool {
+    pub(super) fn counts(&self, source: &Source, credential: &CredentialId) -> bool {
         let today = self
             .origin(source)
             .map(|origin| origin.upstream.credential(&source.repository));
@@ -183,7 +183,7 @@ impl Cache {
             .await
         {
             Ok(answer) => {
-                self.lift(source).await;
+                self.lift(source, Some(answer.credential())).await;
                 Ok(Probe {
                     size: answer.content_length(),
                     credential: answer.credential().clone(),
@@ -202,9 +202,12 @@ impl Cache {
         Ok(self.inner.store.catalog().is_suspended(source, &credential))
     }
 
-    /// The upstream has answered 200 for this repository: it is open again, and nothing needs to be fetched anew.
-    pub(super) async fn lift(&self, source: &Source) {
-        self.inner.logins.accepted(source);
+    /// The upstream has answered 200 for this repository, to `shown` where that is known: it is open again, and nothing needs to be
+    /// fetched anew.
+    pub(super) async fn lift(&self, source: &Source, shown: Option<&CredentialId>) {
+        if let Some(credential) = shown {
+            self.inner.logins.accepted(source, credential);
+        }
         let Ok(true) = self.is_suspended(source) else {
             return;
         };
@@ -244,6 +247,17 @@ impl Cache {
         }
     }
 
+    fn note_login(&self, source: &Source, refused: Option<Refused>) {
+        let Ok(origin) = self.origin(source) else {
+            return;
+        };
+        if refused == Some(Refused::Login) {
+            let credential = origin.upstream.credential(&source.repository);
+            let now = self.inner.clock.now();
+            self.inner.logins.note(source, &credential, now);
+        }
+    }
+
     /// Turns an upstream's error into ours, remembering refusals and suspending where access was refused.
     pub(super) async fn judge_refusal(
         &self,
@@ -277,9 +291,7 @@ impl Cache {
                 .map(|origin| origin.rules.negative_ttl)
                 .unwrap_or_default(),
             Refusal::Denied => {
-                self.inner
-                    .logins
-                    .note(source, refused_, self.inner.clock.now());
+                self.note_login(source, refused_);
                 self.suspend(source, error).await;
                 SHARED_REFUSAL
             }

@@ -7,40 +7,39 @@ use std::sync::{Mutex, PoisonError};
 
 use super::Cache;
 use crate::clock::Timestamp;
-use crate::names::{Source, UpstreamId};
-use crate::upstream::{Refused, Strain, Upstream};
+use crate::names::{CredentialId, Source, UpstreamId};
+use crate::upstream::{Strain, Upstream};
 
-/// Upstreams that did not take our credential when it was last shown to them.
+/// Our credentials that an upstream did not take when they were last shown to it.
 #[derive(Debug, Default)]
 pub(super) struct Logins {
-    refused: Mutex<HashMap<UpstreamId, Timestamp>>,
+    refused: Mutex<HashMap<(UpstreamId, CredentialId), Timestamp>>,
 }
 
 impl Logins {
-    /// An upstream refused something.
-    pub(super) fn note(&self, source: &Source, refused: Option<Refused>, now: Timestamp) {
-        if refused != Some(Refused::Login) {
-            return;
-        }
+    /// An upstream did not take this credential.
+    pub(super) fn note(&self, source: &Source, credential: &CredentialId, now: Timestamp) {
         let mut held = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = held.contains_key(&source.upstream);
-        held.entry(source.upstream.clone()).or_insert(now);
+        let key = (source.upstream.clone(), credential.clone());
+        let known = held.contains_key(&key);
+        held.entry(key).or_insert(now);
         drop(held);
         if !known {
-            tracing::error!(upstream = %source.upstream,
+            tracing::error!(upstream = %source.upstream, %credential,
                 "the upstream does not take our own credential: see `credentials` of this upstream");
         }
     }
 
-    /// An upstream answered 200.
-    pub(super) fn accepted(&self, source: &Source) {
+    /// An upstream answered 200 to this credential. What it answers to nobody in particular says nothing of ours.
+    pub(super) fn accepted(&self, source: &Source, credential: &CredentialId) {
         let mut held = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.remove(&source.upstream).is_some() {
-            tracing::info!(upstream = %source.upstream, "the upstream answers us again");
+        let key = (source.upstream.clone(), credential.clone());
+        if held.remove(&key).is_some() {
+            tracing::info!(upstream = %source.upstream, %credential, "the upstream takes our own credential again");
         }
     }
 
-    fn all(&self) -> HashMap<UpstreamId, Timestamp> {
+    fn all(&self) -> HashMap<(UpstreamId, CredentialId), Timestamp> {
         self.refused
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -71,9 +70,9 @@ impl Cache {
     fn refusals(&self) -> Vec<(UpstreamId, String)> {
         let now = self.inner.clock.now();
         let mut notes: Vec<(UpstreamId, String)> = Vec::new();
-        for (upstream, since) in self.inner.logins.all() {
+        for ((upstream, credential), since) in self.inner.logins.all() {
             let age = since.age(now).as_secs();
-            let note = format!("does not take our own credential, for {age} s");
+            let note = format!("does not take our own credential {credential}, for {age} s");
             notes.push((upstream, note));
         }
         let mut suspended = BTreeMap::<_, usize>::new();

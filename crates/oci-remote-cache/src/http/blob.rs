@@ -11,7 +11,7 @@ use hyper::header::{
 use hyper::{Response, StatusCode};
 use oci::{AnyDigest, ContentRange, RangeHeader, RangeSpec, Resolved, Slice};
 
-use super::body::{Body, BodyBroken, Part};
+use super::body::{Alarm, Body, BodyBroken, Part};
 use super::dispatch::{Answer, Request, set};
 use super::manifest::{DOCKER_CONTENT_DIGEST, IMMUTABLE};
 use super::problem::Problem;
@@ -41,7 +41,15 @@ pub async fn answer(request: &Request<'_>, digest: &AnyDigest) -> Result<Answer,
         .blob(&request.grant, digest, wish, request.deadline)
         .await;
     match found.map_err(|error| failure::of_cache(&error))? {
-        BlobAnswer::Stored(blob) => stored(digest, &Local::File(blob), ranges.as_ref()),
+        BlobAnswer::Stored(blob) => {
+            let (cache, held) = (request.cache.clone(), blob.digest);
+            let alarm = Alarm::new(move || cache.doubt(held));
+            let answer = stored(digest, &Local::File(blob), ranges.as_ref())?;
+            Ok(Answer {
+                response: answer.response.map(|body| body.guarded(alarm)),
+                ..answer
+            })
+        }
         BlobAnswer::Held(body) => stored(digest, &Local::Memory(body), ranges.as_ref()),
         BlobAnswer::Filling(open, verdict) => {
             filling(digest, *open, verdict, (ranges.as_ref(), wish)).await

@@ -47,7 +47,11 @@ pub struct Body {
     /// The rest of a span of which only a frame's worth was handed out.
     rest: Option<Span>,
     access: Option<Arc<Access>>,
+    alarm: Option<Alarm>,
 }
+
+/// What is to be done when a body cannot be completed. Must not block.
+pub struct Alarm(Box<dyn Fn() + Send + Sync>);
 
 enum Source {
     Empty,
@@ -62,6 +66,23 @@ pub struct ReadBody {
     body: Body,
     tasks: Tasks,
     reading: Option<JoinHandle<io::Result<Bytes>>>,
+}
+
+impl Alarm {
+    /// Does this.
+    pub fn new(ring: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Box::new(ring))
+    }
+
+    pub(super) fn ring(&self) {
+        (self.0)();
+    }
+}
+
+impl fmt::Debug for Alarm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Alarm")
+    }
 }
 
 impl BodyBroken {
@@ -116,11 +137,22 @@ impl Body {
             source,
             rest: None,
             access: None,
+            alarm: None,
         }
+    }
+
+    /// Rings when the body cannot be completed.
+    #[must_use]
+    pub fn guarded(mut self, alarm: Alarm) -> Self {
+        self.alarm = Some(alarm);
+        self
     }
 
     /// Reports what is sent of this body to `access`.
     pub(super) fn watched(mut self, access: Arc<Access>) -> Self {
+        if let Some(alarm) = self.alarm.take() {
+            access.guarded(alarm);
+        }
         self.access = Some(access);
         self
     }

@@ -17,7 +17,7 @@ use hyper::{Method, Response, StatusCode, Uri};
 use tokio::time::Instant;
 use tracing::{debug, info};
 
-use super::body::Body;
+use super::body::{Alarm, Body};
 use crate::metrics::{Metrics, RequestLabels};
 use crate::names::UpstreamId;
 use crate::policy::ClientName;
@@ -85,6 +85,7 @@ pub(super) struct Access {
     sent: AtomicU64,
     ended: AtomicBool,
     broken: OnceLock<String>,
+    alarm: OnceLock<Alarm>,
 }
 
 #[derive(Debug)]
@@ -147,6 +148,7 @@ impl Observer {
             sent: AtomicU64::new(0),
             ended: AtomicBool::new(false),
             broken: OnceLock::new(),
+            alarm: OnceLock::new(),
         }
     }
 }
@@ -189,7 +191,15 @@ impl Access {
 
     /// The body cannot be completed.
     pub(super) fn broke(&self, why: &str) {
-        self.broken.set(why.to_owned()).ok();
+        let first = self.broken.set(why.to_owned()).is_ok();
+        if let Some(alarm) = self.alarm.get().filter(|_| first) {
+            alarm.ring();
+        }
+    }
+
+    /// Rings when the body cannot be completed.
+    pub(super) fn guarded(&self, alarm: Alarm) {
+        self.alarm.set(alarm).ok();
     }
 
     fn is_complete(&self) -> bool {

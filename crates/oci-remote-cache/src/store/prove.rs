@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::io::Errno;
@@ -93,6 +94,9 @@ impl Shared {
                 return Ok(None);
             }
             self.proved(seen, identity);
+        } else if identity.size > 0 {
+            // A disk that has lost it says so now, while it can still be fetched for the client who asks.
+            file.read_exact_at(&mut [0], 0)?;
         }
         self.usage.keep_open(&digest, &file);
         Ok(Some(StoredBlob { identity, ..*seen }.open(file)))

@@ -251,3 +251,60 @@ async fn a_changed_file_counts_at_once_and_a_spoilt_one_does_not() {
     assert_eq!(status("alice:another").await, 200);
     cache.check_invariants().await;
 }
+
+/// The catalog names to each client what it may pull, and to nobody what it may not.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_catalog_names_to_each_client_what_it_may_pull() {
+    let (books, registry) = (Books::new(), Registry::start().await);
+    let rules = "[\"alice pull up/**\", \"* deny up/secret/**\", \"* pull-cached up/lib/**\", \"* pull up/other\", \"anonymous pull up/open\"]";
+    let upstream = Upstream::new("up", registry.url());
+    let builder = books.cache(rules).line("catalog = true");
+    let cache = builder.upstream(upstream).start().await;
+    let (alice, bob) = (login("alice:sesame-alice"), login("bob:sesame-bob"));
+    for repo in ["lib/app", "open", "other", "secret/plans", "unnamed"] {
+        let image = registry.put_image(&ImageSpec::new(repo, "v1"));
+        let path = manifest_path("up", repo, "v1");
+        assert_good(&ask(&cache, &path, Some(&alice)).await, &image.manifest);
+        cache.wait_until_stored(&image.digest()).await;
+    }
+    let listed = async |query: &str, who: Option<&str>| {
+        let answer = ask(&cache, &format!("/v2/_catalog{query}"), who).await;
+        let link = answer.header("link").map(str::to_owned);
+        (answer.json()["repositories"].clone(), link)
+    };
+    let all = serde_json::json!([
+        "up/lib/app",
+        "up/open",
+        "up/other",
+        "up/secret/plans",
+        "up/unnamed"
+    ]);
+    // A file is there a moment before its record is.
+    for _ in 0..100 {
+        if listed("", Some(&alice)).await.0 == all {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(listed("", Some(&alice)).await, (all, None));
+    let of_bob = serde_json::json!(["up/lib/app", "up/other"]);
+    assert_eq!(listed("", Some(&bob)).await, (of_bob, None));
+    // Neither the number of names on a page nor the mark where it goes on tells of what lies between.
+    let (first, link) = listed("?n=1", Some(&bob)).await;
+    assert_eq!(first, serde_json::json!(["up/lib/app"]));
+    let next = "</v2/_catalog?n=1&last=up%2Flib%2Fapp>; rel=\"next\"";
+    assert_eq!(link.as_deref(), Some(next));
+    let (second, link) = listed("?n=1&last=up%2Flib%2Fapp", Some(&bob)).await;
+    assert_eq!((second, link), (serde_json::json!(["up/other"]), None));
+    let beyond = listed("?last=up%2Fother", Some(&bob)).await;
+    assert_eq!(beyond, (serde_json::json!([]), None));
+    for path in ["/v2/_catalog", "/v2/_catalog?n=1"] {
+        let answer = ask(&cache, path, None).await;
+        let text = answer.text();
+        assert!(
+            !text.contains("secret") && !text.contains("lib/app") && !text.contains("other"),
+            "{text}"
+        );
+    }
+    cache.check_invariants().await;
+}

@@ -17,7 +17,7 @@ use crate::stage::{BINARY, REPO, cache};
 type Authority = CertifiedIssuer<'static, KeyPair>;
 
 /// An authority and what it has signed, in a folder.
-struct Office {
+pub(crate) struct Office {
     folder: TempDir,
     authority: Authority,
 }
@@ -29,7 +29,7 @@ fn authority() -> Authority {
 }
 
 impl Office {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let office = Self {
             folder: tempfile::tempdir().expect("a folder"),
             authority: authority(),
@@ -56,7 +56,7 @@ impl Office {
         (certificate.pem(), key.serialize_pem())
     }
 
-    fn cache(&self) -> CacheBuilder {
+    pub(crate) fn cache(&self) -> CacheBuilder {
         let file = |name| format!("{:?}", self.folder.path().join(name));
         cache()
             .tls()
@@ -64,7 +64,7 @@ impl Office {
             .line(&format!("tls.key_file = {}", file("tls.key")))
     }
 
-    fn client(&self, say: impl FnOnce(ClientBuilder) -> ClientBuilder) -> Client {
+    pub(crate) fn client(&self, say: impl FnOnce(ClientBuilder) -> ClientBuilder) -> Client {
         oci_remote_cache::upstream::install_crypto();
         let root = Certificate::from_pem(self.authority.pem().as_bytes()).expect("the authority");
         let builder = Client::builder().no_proxy().tls_certs_only([root]);
@@ -72,7 +72,7 @@ impl Office {
     }
 }
 
-fn url(cache: &CacheProcess, path: &str) -> String {
+pub(crate) fn url(cache: &CacheProcess, path: &str) -> String {
     format!("https://localhost:{}{path}", cache.port())
 }
 

@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 use testbed::cache::{blob_path, manifest_path};
 use testbed::client::get;
 use testbed::{
-    Basic, CacheProcess, Gate, Handler, Image, ImageSpec, Kind, Matcher, Registry, Request,
-    Response, Upstream, assert_good, eventually, faults,
+    Basic, Bearer, CacheProcess, Gate, Handler, Image, ImageSpec, Kind, Matcher, Registry, Request,
+    Response, TokenServer, Upstream, assert_good, eventually, faults,
 };
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -365,6 +365,36 @@ async fn a_refused_credential_is_told_from_a_refused_repository() {
     cache.check_invariants().await;
 }
 
+/// What is fetched in nobody's name says nothing of our credential: the note on it stays until it works again.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_anonymous_answer_does_not_vouch_for_our_credential() {
+    let (registry, cache) =
+        up_as(|upstream| upstream.tag_ttl("0s").credentials("robot", "rotated-away")).await;
+    let tokens = TokenServer::at(&registry);
+    tokens.add_user("robot", "the-new-one");
+    let door = Bearer::of(&tokens).identity("robot");
+    registry.require(door.protects(|repo| repo == REPO));
+    let closed = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let open = registry.put_image(&ImageSpec::new("lib/open", "v1"));
+    assert_refused(&cache.manifest("up", REPO, "v1").await, &[403, 404]);
+    for _ in 0..2 {
+        assert_good(
+            &cache.manifest("up", "lib/open", "v1").await,
+            &open.manifest,
+        );
+        cache.pull("up", &open).await;
+        let notes = readyz(&cache).await.1["notes"].to_string();
+        let note = "up does not take our own credential user:robot, for ";
+        assert!(notes.contains(note), "{notes}");
+    }
+    tokens.add_user("robot", "rotated-away");
+    sleep(AFTER_A_REFUSAL).await;
+    assert_good(&cache.manifest("up", REPO, "v1").await, &closed.manifest);
+    assert_eq!(readyz(&cache).await.1["notes"], Value::Null);
+    assert!(cache.log().contains("takes our own credential again"));
+    cache.check_invariants().await;
+}
+
 /// An answer that tells how much is left of the rate limit.
 fn with_left(image: &Image, left: u32) -> Handler {
     let (left, digest) = (format!("{left};w=21600"), image.digest().to_string());
@@ -618,8 +648,42 @@ async fn a_tags_life_is_as_long_as_it_is_said() {
     drop(app);
 }
 
+/// What the upstream does not have is asked for again once `negative_ttl` has passed by the clock by which everything ages here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_is_remembered_as_long_as_it_is_said() {
+    let registry = Registry::start().await;
+    let clock = Clock::system();
+    let (app, port, _home) = in_process(&registry, &clock, "negative_ttl = \"1h\"").await;
+    let image = ImageSpec::new(REPO, "v1").build();
+    let paths = [
+        manifest_path("up", REPO, "v1"),
+        manifest_path("up", REPO, image.digest()),
+        blob_path("up", REPO, image.layer().digest),
+        "/v2/up/lib/none/tags/list".to_owned(),
+    ];
+    let ask = async |status: u16| {
+        for path in &paths {
+            let answer = Request::get(path).send(port).await;
+            assert_eq!(answer.status, status, "{path}: {answer}");
+        }
+    };
+    ask(404).await;
+    let once = registry.requests().len();
+    ask(404).await;
+    registry.put_image(&ImageSpec::new(REPO, "v1"));
+    registry.put_image(&ImageSpec::new("lib/none", "v1"));
+    clock.advance(Duration::from_secs(3590));
+    ask(404).await;
+    assert_eq!(registry.requests().len(), once, "asked within its life");
+    clock.advance(Duration::from_secs(11));
+    // A transfer that failed is shared for half a second.
+    sleep(AFTER_A_REFUSAL).await;
+    ask(200).await;
+    drop(app);
+}
+
 /// The cache in this process, under a clock that the test moves.
-async fn in_process(
+pub(crate) async fn in_process(
     registry: &Registry,
     clock: &Clock,
     lines: &str,

@@ -14,6 +14,8 @@ mod contract;
 #[cfg(test)]
 mod durable;
 #[cfg(test)]
+mod dying_disk;
+#[cfg(test)]
 mod encrypted;
 #[cfg(test)]
 mod engine;
@@ -31,6 +33,8 @@ mod leaks;
 mod listings;
 #[cfg(test)]
 mod logins;
+#[cfg(test)]
+mod moved;
 #[cfg(test)]
 mod never_worse;
 #[cfg(test)]

@@ -1,5 +1,9 @@
 //! What is served of an upstream that has credentials, to clients nobody knows: only what anyone may pull there.
 
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use testbed::token::Auth;
 use testbed::{
     Bearer, CacheBuilder, CacheProcess, Exchange, Image, ImageSpec, Kind, Registry, TokenServer,
@@ -203,5 +207,70 @@ async fn the_proof_outlives_a_restart_and_an_upstream_that_is_down() {
     scene.registry.server().stop().await;
     cache.pull("up", &scene.public).await;
     assert!(!cache.manifest("up", PRIVATE, "v1").await.is_whole());
+    cache.check_invariants().await;
+}
+
+async fn listed(cache: &CacheProcess) -> serde_json::Value {
+    cache.get("/v2/_catalog").await.json()["repositories"].clone()
+}
+
+/// A file is there a moment before its record is.
+async fn assert_listed(cache: &CacheProcess, wanted: serde_json::Value) {
+    for _ in 0..100 {
+        if listed(cache).await == wanted {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(listed(cache).await, wanted);
+}
+
+/// What only the credentials open is not named to those who may not have it, though it is stored.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_catalog_names_only_what_is_public() {
+    let scene = scene().await;
+    let open = Registry::start().await;
+    let bare = open.put_image(&ImageSpec::new("lib/bare", "v1").seed("bare"));
+    let builder = scene.open_cache().line("catalog = true");
+    let other = Upstream::new("bare", open.url()).line("serve = \"public\"");
+    let cache = builder.upstream(other).start().await;
+    cache.pull("up", &scene.public).await;
+    // Without credentials there is nothing to hide.
+    cache.pull("bare", &bare).await;
+    let both = serde_json::json!(["bare/lib/bare", "up/lib/public"]);
+    assert_listed(&cache, both.clone()).await;
+    assert_not_public(&cache, &scene.private).await;
+    assert_eq!(listed(&cache).await, both);
+    cache.restart().await;
+    assert_eq!(listed(&cache).await, both);
+    cache.check_invariants().await;
+}
+
+/// What was stored under credentials that are configured no more is not named under others, or under none.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_catalog_does_not_name_what_other_credentials_opened() {
+    let scene = scene().await;
+    let desk = tempfile::tempdir().expect("a folder");
+    let file = desk.path().join("config.json");
+    let url = scene.registry.url();
+    let host = url.trim_start_matches("http://");
+    let login = STANDARD.encode(format!("{USER}:{PASSWORD}"));
+    let auths = serde_json::json!({ "auths": { host: { "auth": login } } });
+    std::fs::write(&file, auths.to_string()).expect("write the login file");
+    let builder = cache()
+        .upstream(Upstream::new("up", scene.registry.url()))
+        .line("catalog = true")
+        .line(&format!("docker_config = {file:?}"));
+    let cache = builder.start().await;
+    cache.pull("up", &scene.private).await;
+    cache.pull("up", &scene.public).await;
+    assert_listed(
+        &cache,
+        serde_json::json!(["up/lib/private", "up/lib/public"]),
+    )
+    .await;
+    std::fs::write(&file, "{}").expect("write the login file");
+    cache.restart().await;
+    assert_eq!(listed(&cache).await, serde_json::json!([]));
     cache.check_invariants().await;
 }

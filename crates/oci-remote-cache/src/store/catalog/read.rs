@@ -138,16 +138,21 @@ impl Catalog {
         self.read(|db| list(db, &select, tag_of))
     }
 
-    /// Every repository of which a blob or manifest is stored now.
-    pub fn stored_sources(&self) -> Result<Vec<Source>, StoreError> {
-        let select = "SELECT upstream, repository FROM sources WHERE id IN
-            (SELECT m.source FROM membership m JOIN blobs b ON b.digest = m.digest)";
-        self.read(|db| list(db, select, source_of))
+    /// Every repository of which a blob or manifest is stored now, once for each credential that was shown any of it.
+    pub fn stored_sources(&self) -> Result<Vec<(Source, CredentialId)>, StoreError> {
+        let select = "SELECT DISTINCT s.upstream, s.repository, m.credential FROM sources s
+            JOIN membership m ON m.source = s.id JOIN blobs b ON b.digest = m.digest";
+        self.read(|db| {
+            list(db, select, |row| {
+                let text: String = row.get(2)?;
+                Ok((source_of(row)?, credential(&text)))
+            })
+        })
     }
 
     /// What a tag has meant, the latest first.
     pub fn tag_history(&self, source: &Source, tag: &Tag) -> Result<Vec<TagEra>, StoreError> {
-        let select = "SELECT h.digest, h.first_seen, h.last_seen
+        let select = "SELECT h.digest, h.first_seen, h.last_seen, h.deleted
             FROM tag_history h JOIN sources s ON s.id = h.source
             WHERE s.upstream = ?1 AND s.repository = ?2 AND h.tag = ?3 ORDER BY h.id DESC";
         let values = [
@@ -279,6 +284,7 @@ fn era_of(row: &Row<'_>) -> rusqlite::Result<TagEra> {
         digest: digest_of(row, 0)?,
         first_seen: Timestamp(row.get(1)?),
         last_seen: Timestamp(row.get(2)?),
+        deleted: row.get(3)?,
     })
 }
 

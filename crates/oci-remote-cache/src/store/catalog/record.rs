@@ -100,6 +100,8 @@ pub struct TagEra {
     pub first_seen: Timestamp,
     /// When that was last seen.
     pub last_seen: Timestamp,
+    /// Whether the upstream deleted the tag at its end.
+    pub deleted: bool,
 }
 
 /// Something a repository is known to hold, with what is known of it: for listings.

@@ -20,7 +20,7 @@ const APPLICATION_ID: i32 = 0x4f43_4943;
 /// What brings a database from each `user_version` to the next; a new one is brought through all of them.
 ///
 /// Digests are their bytes: 32 are a sha256, 64 a sha512. Times are milliseconds since the epoch. An empty credential is nobody's.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     "
     CREATE TABLE blobs (
         digest BLOB PRIMARY KEY,
@@ -86,6 +86,13 @@ const MIGRATIONS: [&str; 2] = [
         source INTEGER PRIMARY KEY,
         at INTEGER NOT NULL
     ) STRICT;
+",
+    // What a tag named before it was deleted does not stand in for what it names after.
+    "
+    ALTER TABLE tag_history ADD COLUMN deleted INTEGER NOT NULL DEFAULT 0;
+    UPDATE tag_history SET deleted = 1 WHERE id IN (
+        SELECT max(h.id) FROM tag_history h JOIN tags t ON t.source = h.source AND t.tag = h.tag
+        WHERE t.suspended GROUP BY h.source, h.tag);
 ",
 ];
 

@@ -319,9 +319,16 @@ async fn a_tag_keeps_its_history() {
     let eras = catalog.tag_history(&asked.source, &asked.tag).unwrap();
     let eras: Vec<_> = eras
         .iter()
-        .map(|era| (era.digest, era.first_seen.0, era.last_seen.0))
+        .map(|era| (era.digest, era.first_seen.0, era.last_seen.0, era.deleted))
         .collect();
-    assert_eq!(eras, [(a, 5, 5), (b, 3, 4), (a, 1, 2)]);
+    assert_eq!(eras, [(a, 5, 5, true), (b, 3, 4, false), (a, 1, 2, false)]);
+    // Seen again, it is as if it had never been away.
+    catalog.record_tag(tag(a, 7)).await.unwrap();
+    let eras = catalog.tag_history(&asked.source, &asked.tag).unwrap();
+    assert_eq!(
+        (eras.len(), eras[0].last_seen, eras[0].deleted),
+        (3, Timestamp(7), false)
+    );
     assert_eq!(
         catalog
             .tag(&asked.source, &"other".parse().unwrap())

@@ -283,14 +283,19 @@ fn put_tag(db: &Transaction<'_>, record: &TagRecord) -> rusqlite::Result<()> {
     run(db.prepare_cached(insert)?, values)?;
     if record.suspended {
         // The upstream said that the tag is gone, so it was not seen.
-        return Ok(());
+        let end = "UPDATE tag_history SET deleted = 1
+            WHERE id = (SELECT max(id) FROM tag_history WHERE source = ?1 AND tag = ?2)";
+        return run(
+            db.prepare_cached(end)?,
+            params![source, record.tag.as_str()],
+        );
     }
     put_era(db, source, record)
 }
 
 /// Lengthens the tag's latest era, or starts a new one where the digest is another.
 fn put_era(db: &Transaction<'_>, source: i64, record: &TagRecord) -> rusqlite::Result<()> {
-    let lengthen = "UPDATE tag_history SET last_seen = max(last_seen, ?4)
+    let lengthen = "UPDATE tag_history SET last_seen = max(last_seen, ?4), deleted = 0
         WHERE id = (SELECT max(id) FROM tag_history WHERE source = ?1 AND tag = ?2) AND digest = ?3";
     let tag = record.tag.as_str();
     let digest = record.digest.bytes();
