@@ -283,11 +283,6 @@ impl Fill {
         }
     }
 
-    /// Notes that somebody read this blob's earlier transfer.
-    fn came_before(&self) {
-        self.readers().second_client = true;
-    }
-
     /// What readers wait for and whether all is wanted.
     fn demand(&self, size: u64, spool: &Spool) -> (Vec<Want>, Appetite) {
         let readers = self.readers();

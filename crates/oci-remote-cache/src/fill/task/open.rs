@@ -65,7 +65,8 @@ pub(super) async fn open(
     Ok(Opened::Transfer(Box::new(transfer)))
 }
 
-/// The pieces kept from an earlier transfer. That there was one counts as a client that came before: the fill goes on to the end.
+/// The pieces kept from an earlier transfer. That there was one says nothing about what is wanted now: a lazy client that comes again
+/// costs again only what it lacks.
 pub(super) async fn resume_kept(fill: &Arc<Fill>, fills: &Fills) -> Option<Arc<Spool>> {
     let store = fills.store.clone();
     if !store.writable() {
@@ -77,12 +78,7 @@ pub(super) async fn resume_kept(fill: &Arc<Fill>, fills: &Fills) -> Option<Arc<S
         .spawn_blocking(move || Spool::resume(store.layout(), key.digest, &key.upstream))
         .await;
     match kept {
-        Ok(Ok(kept)) => {
-            if kept.is_some() {
-                fill.came_before();
-            }
-            kept.map(Arc::new)
-        }
+        Ok(Ok(kept)) => kept.map(Arc::new),
         Ok(Err(error)) => {
             tracing::warn!(%error, "pieces kept from an earlier transfer cannot be used");
             None
