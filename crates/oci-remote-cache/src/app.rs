@@ -281,9 +281,14 @@ fn gate(config: &Config, tasks: &Tasks) -> Result<Gate, StartError> {
     } else {
         Door::Open
     };
+    let by_login = config.upstreams.iter();
+    let by_login = by_login.filter(|upstream| upstream.by_login.is_some());
     Ok(Gate {
         doorman: Doorman::new(&books, tasks.clone())?,
         rules: ClientRules::new(parsed(&clients.rules)?, door),
+        by_login: by_login
+            .map(|upstream| UpstreamId::new(&upstream.key))
+            .collect(),
     })
 }
 
@@ -306,9 +311,10 @@ fn origins(
             }
             let id = settings.id.clone();
             let rules = upstream.rules.clone();
-            let shown = match upstream.serve {
-                Serve::All => Shown::All,
-                Serve::Public => Shown::Public,
+            let shown = match (upstream.by_login, upstream.serve) {
+                (Some(ttl), _) => Shown::Proven(ttl),
+                (None, Serve::All) => Shown::All,
+                (None, Serve::Public) => Shown::Public,
             };
             let made = Upstream::new(settings, metrics.clone(), clock.clone());
             let upstream = made.map_err(|error| StartError::Upstream {
@@ -346,6 +352,9 @@ fn keyring(
     logins: Option<&Logins>,
     tasks: &Tasks,
 ) -> Result<Keyring, FileError> {
+    if upstream.by_login.is_some() {
+        return Ok(Keyring::default());
+    }
     let Some(credentials) = &upstream.credentials else {
         let names = names_in_logins(upstream);
         return Ok(logins.map_or_else(Keyring::default, |logins| {

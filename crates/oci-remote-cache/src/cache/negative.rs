@@ -6,6 +6,7 @@ use quick_cache::sync::Cache as Memory;
 use tokio::time::Instant;
 
 use super::error::Thing;
+use super::visit::Visitor;
 use crate::names::Source;
 
 /// Answers remembered at most.
@@ -29,7 +30,7 @@ pub(super) struct Refused {
 /// Remembered refusals.
 #[derive(Debug)]
 pub(super) struct Negatives {
-    known: Memory<(Source, Thing, String), (Refusal, Instant)>,
+    known: Memory<(Visitor, Thing, String), (Refusal, Instant)>,
 }
 
 impl Refused {
@@ -62,14 +63,14 @@ impl Negatives {
     }
 
     /// Remembers a refusal for `ttl`.
-    pub(super) fn note(&self, key: (Source, Thing, String), refusal: Refusal, ttl: Duration) {
+    pub(super) fn note(&self, key: (Visitor, Thing, String), refusal: Refusal, ttl: Duration) {
         if !ttl.is_zero() {
             self.known.insert(key, (refusal, Instant::now() + ttl));
         }
     }
 
     /// The refusal that still holds.
-    pub(super) fn find(&self, key: &(Source, Thing, String)) -> Option<Refusal> {
+    pub(super) fn find(&self, key: &(Visitor, Thing, String)) -> Option<Refusal> {
         let (refusal, until) = self.known.get(key)?;
         if until > Instant::now() {
             return Some(refusal);
@@ -79,7 +80,7 @@ impl Negatives {
     }
 
     /// Forgets a refusal: the upstream has said otherwise.
-    pub(super) fn forget(&self, key: &(Source, Thing, String)) {
+    pub(super) fn forget(&self, key: &(Visitor, Thing, String)) {
         self.known.remove(key);
     }
 }

@@ -7,6 +7,7 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use url::Url;
 
@@ -23,6 +24,12 @@ use crate::secret::Secret;
 
 /// No password is longer; a file that is was not meant.
 const LARGEST_SECRET: u64 = 64 << 10;
+
+/// How long it is believed that a client's login opens something, where the operator says nothing.
+const USUAL_PROOF: Duration = Duration::from_mins(10);
+
+/// Longest belief in what a client's login opened.
+const LONGEST_PROOF: Duration = Duration::from_hours(24);
 
 /// The settings below one table, and what is needed to resolve them.
 struct Section<'a> {
@@ -209,6 +216,7 @@ impl Section<'_> {
                 format!("has no url and is not built in{hint}"),
             )
         })?;
+        let by_login = self.by_login()?;
         let credentials = self.child(&["credentials"]).credentials()?;
         Ok(UpstreamConfig {
             key: key.to_owned(),
@@ -218,6 +226,7 @@ impl Section<'_> {
             rules: self.rules()?,
             offline: self.require("offline")?,
             serve: self.serve(),
+            by_login,
             credentials,
             token_realms: self.list("token_realms"),
             redirect_hosts: self.list("redirect_hosts"),
@@ -226,6 +235,47 @@ impl Section<'_> {
             connections_per_blob: self.require("connections_per_blob")?,
             max_connections: self.require("max_connections")?,
         })
+    }
+
+    /// How long a client's own login is believed, where clients show theirs.
+    fn by_login(&self) -> Result<Option<Duration>, Problem> {
+        let ttl: Duration = self.require("client_proof_ttl")?;
+        if self.find::<String>("credentials").is_none() {
+            // What `config show` prints may be read back.
+            if ttl != USUAL_PROOF {
+                let what = "means nothing without credentials = \"client\"";
+                return Err(self.problem("client_proof_ttl", what));
+            }
+            return Ok(None);
+        }
+        let table = self.child(&["credentials"]);
+        for name in ["username", "password"] {
+            if table.is_set(name) {
+                return Err(table.problem(name, "has no place beside credentials = \"client\""));
+            }
+        }
+        if self.is_set("serve") {
+            let what = "means nothing with credentials = \"client\": each client is served what its own login opens";
+            return Err(self.problem("serve", what));
+        }
+        let same_header = ["htpasswd", "tokens"].into_iter().find(|name| {
+            self.settings
+                .get(&KeyPath::new(&["clients", name]))
+                .is_some()
+        });
+        if let Some(name) = same_header {
+            let what = format!(
+                "\"client\" does not go with clients.{name}: clients would have to show both in one header; tls.client_ca_file goes with it"
+            );
+            return Err(self.problem("credentials", what));
+        }
+        if ttl.is_zero() || ttl > LONGEST_PROOF {
+            return Err(self.problem(
+                "client_proof_ttl",
+                "must be more than nothing and at most a day",
+            ));
+        }
+        Ok(Some(ttl))
     }
 
     /// Where there are no credentials, both mean the same.

@@ -297,6 +297,23 @@ const ALL: &[Key] = &[
         doc: "How long an upstream's \"not found\" is believed.",
     },
     Key {
+        path: &["upstreams", "*", "credentials"],
+        kind: Kind::Choice(&["client"]),
+        default: Default::Words("none, which means anonymous"),
+        example: "\"client\"",
+        doc: "`\"client\"` in place of a user name and password: each client shows its own login at this upstream, as `Authorization: \
+              Basic`, and is served what that was shown to open, from the cache too. What anyone may pull needs no login. Goes with \
+              neither `clients.htpasswd` nor `clients.tokens`, which are shown in the same header, nor with `serve`.",
+    },
+    Key {
+        path: &["upstreams", "*", "client_proof_ttl"],
+        kind: Kind::Duration,
+        default: Default::Text("10m"),
+        example: "\"10m\"",
+        doc: "With `credentials = \"client\"`: for how long it is believed that a client's login opens a repository before the upstream \
+              is asked again. At most a day.",
+    },
+    Key {
         path: &["upstreams", "*", "credentials", "username"],
         kind: Kind::Username,
         default: Default::Words("none, which means anonymous"),
@@ -377,6 +394,11 @@ impl Key {
         self.path.get(1) == Some(&"*")
     }
 
+    /// Whether a table may stand in place of its value.
+    pub(super) fn is_table_too(&self) -> bool {
+        keys().any(|key| key.path.len() > self.path.len() && key.path.starts_with(self.path))
+    }
+
     /// The table it is printed in.
     pub(super) fn table(&self) -> &'static [&'static str] {
         let (length, _) = self.placed();
@@ -449,10 +471,11 @@ pub(super) fn find(path: &KeyPath) -> Found {
     };
     let mut found = Found::Nothing;
     for key in keys().filter(|key| fits(key.path)) {
-        if key.path.len() == path.0.len() {
-            return Found::Key(key);
-        }
-        found = Found::Table;
+        found = match found {
+            _ if key.path.len() == path.0.len() => Found::Key(key),
+            Found::Key(key) | Found::Either(key) => Found::Either(key),
+            Found::Table | Found::Nothing => Found::Table,
+        };
     }
     found
 }
@@ -462,6 +485,8 @@ pub(super) fn find(path: &KeyPath) -> Found {
 pub(super) enum Found {
     /// A key with a value.
     Key(&'static Key),
+    /// A key with a value, or a table in its place.
+    Either(&'static Key),
     /// A table that holds keys.
     Table,
     /// No such key.

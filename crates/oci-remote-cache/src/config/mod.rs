@@ -24,6 +24,7 @@ mod tests;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use url::Url;
 
@@ -118,6 +119,8 @@ pub struct UpstreamConfig {
     pub offline: bool,
     /// Who we are there; none is anonymous.
     pub credentials: Option<CredentialsConfig>,
+    /// How long a client's own login is believed, where clients show theirs in place of one of ours.
+    pub by_login: Option<Duration>,
     /// What is served of it; all, where it has no credentials.
     pub serve: Serve,
     /// `host` or `host:port` that may receive the credentials too.

@@ -23,6 +23,7 @@ pub fn notes(config: &Config, settings: &Settings) -> Vec<String> {
         let key = &upstream.key;
         let about = [
             clear(upstream),
+            heard(config, upstream),
             open(config, upstream),
             ca(upstream),
             shadow(config, upstream),
@@ -65,8 +66,18 @@ fn clear(upstream: &UpstreamConfig) -> Option<String> {
         Host::Ipv4(address) => !IpAddr::V4(address).is_loopback(),
         Host::Ipv6(address) => !IpAddr::V6(address).is_loopback(),
     };
-    let clear = upstream.url.scheme() == "http" && upstream.credentials.is_some() && far;
+    let any = upstream.credentials.is_some() || upstream.by_login.is_some();
+    let clear = upstream.url.scheme() == "http" && any && far;
     clear.then(|| "sends its credentials in the clear, since its url is http://".to_owned())
+}
+
+/// Logins that clients send to us where others can listen.
+fn heard(config: &Config, upstream: &UpstreamConfig) -> Option<String> {
+    let far = !config.listen.ip().to_canonical().is_loopback();
+    let heard = upstream.by_login.is_some() && config.tls.is_none() && far;
+    heard.then(|| {
+        "takes clients' own logins, which they send in the clear unless [tls] or a proxy encrypts them".to_owned()
+    })
 }
 
 /// Credentials behind a door that is open to a network.

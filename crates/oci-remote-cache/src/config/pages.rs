@@ -113,7 +113,13 @@ fn template_key(text: &mut String, key: &Key) {
         }
     };
     let value = value.unwrap_or_else(|| key.example.to_owned());
-    line(text, &format!("{} = {value}", key.name().join(".")));
+    let setting = format!("{} = {value}", key.name().join("."));
+    if key.is_table_too() {
+        // The keys of the table follow, and only one of both can be set.
+        comment(text, &setting);
+    } else {
+        line(text, &setting);
+    }
 }
 
 fn reference_key(text: &mut String, key: &Key) {
