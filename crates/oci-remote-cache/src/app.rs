@@ -17,7 +17,7 @@ use crate::cache::{Cache, Origin, Shown};
 use crate::cli::history::Era;
 use crate::cli::ls::Row;
 use crate::clock::Clock;
-use crate::config::{Config, Serve, TlsConfig, UpstreamConfig};
+use crate::config::{Config, CredentialsConfig, Serve, TlsConfig, UpstreamConfig};
 use crate::fill::{Connections, Fills};
 use crate::http::dispatch::{Gate, Registry};
 use crate::http::doorman::{Books, Doorman};
@@ -355,21 +355,28 @@ fn keyring(
     if upstream.by_login.is_some() {
         return Ok(Keyring::default());
     }
-    let Some(credentials) = &upstream.credentials else {
-        let names = names_in_logins(upstream);
-        return Ok(logins.map_or_else(Keyring::default, |logins| {
-            Keyring::from_logins(logins.clone(), names, tasks.clone())
-        }));
-    };
+    let everywhere = upstream.credentials.iter();
+    let everywhere = everywhere.map(|credentials| (String::new(), credentials));
+    let some = upstream.credentials_for.iter();
+    let some = some.map(|(prefix, credentials)| (prefix.clone(), credentials));
+    let own: Result<Vec<_>, FileError> = everywhere
+        .chain(some)
+        .map(|(prefix, credentials)| Ok((prefix, login(credentials)?)))
+        .collect();
+    let files = logins.filter(|_| upstream.credentials.is_none());
+    let files = files.map(|logins| (logins.clone(), names_in_logins(upstream)));
+    Ok(Keyring::new(own?, files, tasks.clone()))
+}
+
+fn login(credentials: &CredentialsConfig) -> Result<Login, FileError> {
     let password = match &credentials.password_file {
         Some(path) => Password::Kept(Watched::open(path, read_password)?),
         None => Password::Said(credentials.password.clone()),
     };
-    let login = Login {
+    Ok(Login {
         username: credentials.username.clone(),
         password,
-    };
-    Ok(Keyring::of(login, tasks.clone()))
+    })
 }
 
 /// Key, aliases, and the address's host with its port, where it says one.

@@ -14,6 +14,7 @@ use url::Url;
 use super::builtin::BUILT_IN;
 use super::error::{ConfigError, Origin, Problem};
 use super::keys::{KeyPath, nearest};
+use super::logins::PrefixLogin;
 use super::settings::Settings;
 use super::value::{SecretSource, Typed};
 use super::{
@@ -228,6 +229,7 @@ impl Section<'_> {
             serve: self.serve(),
             by_login,
             credentials,
+            credentials_for: self.credentials_for()?,
             token_realms: self.list("token_realms"),
             redirect_hosts: self.list("redirect_hosts"),
             mirrors: self.list("mirrors"),
@@ -247,6 +249,10 @@ impl Section<'_> {
                 return Err(self.problem("client_proof_ttl", what));
             }
             return Ok(None);
+        }
+        if self.is_set("credentials_for") {
+            let what = "has no place beside credentials = \"client\"";
+            return Err(self.problem("credentials_for", what));
         }
         let table = self.child(&["credentials"]);
         for name in ["username", "password"] {
@@ -363,17 +369,36 @@ impl Section<'_> {
         let password: Option<SecretSource> = self.find("password");
         match (username, password) {
             (None, None) => Ok(None),
-            (Some(username), Some(source)) => Ok(Some(CredentialsConfig {
-                username,
-                password: self.secret("password", &source)?,
-                password_file: match &source {
-                    SecretSource::File(path) => Some(path.clone()),
-                    SecretSource::Text(_) | SecretSource::Variable(_) => None,
-                },
-            })),
+            (Some(username), Some(source)) => self.login("password", username, &source).map(Some),
             (Some(_), None) => Err(self.problem("username", "needs a password beside it")),
             (None, Some(_)) => Err(self.problem("password", "needs a username beside it")),
         }
+    }
+
+    fn credentials_for(&self) -> Result<Vec<(String, CredentialsConfig)>, Problem> {
+        let logins: Vec<PrefixLogin> = self.list("credentials_for");
+        let logins = logins.into_iter().map(|login| {
+            let found = self.login("credentials_for", login.username, &login.password)?;
+            Ok((login.repositories, found))
+        });
+        logins.collect()
+    }
+
+    /// A user name and the password that the key `name` tells of.
+    fn login(
+        &self,
+        name: &str,
+        username: String,
+        source: &SecretSource,
+    ) -> Result<CredentialsConfig, Problem> {
+        Ok(CredentialsConfig {
+            username,
+            password: self.secret(name, source)?,
+            password_file: match source {
+                SecretSource::File(path) => Some(path.clone()),
+                SecretSource::Text(_) | SecretSource::Variable(_) => None,
+            },
+        })
     }
 
     fn secret(&self, name: &str, source: &SecretSource) -> Result<Secret, Problem> {

@@ -59,6 +59,8 @@ pub(super) enum Kind {
     Secret,
     /// How long tags of some patterns last.
     TagRules,
+    /// Logins for some repositories.
+    Logins,
     /// One of a few words.
     Choice(&'static [&'static str]),
 }
@@ -326,6 +328,15 @@ const ALL: &[Key] = &[
         default: Default::Words("none, which means anonymous"),
         example: "{ file = \"/run/secrets/registry-password\" }",
         doc: "Password or token: text, `{ file = \"…\" }` (line ends at its end are dropped) or `{ env = \"…\" }`.",
+    },
+    Key {
+        path: &["upstreams", "*", "credentials_for"],
+        kind: Kind::Logins,
+        default: Default::Words("none"),
+        example: "[{ repositories = \"acme\", username = \"robot\", password = { file = \"/run/secrets/acme\" } }]",
+        doc: "Other logins for some of the upstream's repositories: those whose names begin with `repositories`, whole segments; the \
+              longest wins, `credentials` (or the login file) is for all others. A password is written as above. In a file only: a \
+              variable can hold a password that `{ env = \"…\" }` names.",
     },
     Key {
         path: &["upstreams", "*", "serve"],

@@ -10,6 +10,7 @@ mod error;
 mod file;
 mod hosts;
 mod keys;
+mod logins;
 mod notes;
 mod pages;
 mod schema;
@@ -119,6 +120,8 @@ pub struct UpstreamConfig {
     pub offline: bool,
     /// Who we are there; none is anonymous.
     pub credentials: Option<CredentialsConfig>,
+    /// Who we are for repositories whose names begin so; the longest beginning wins.
+    pub credentials_for: Vec<(String, CredentialsConfig)>,
     /// How long a client's own login is believed, where clients show theirs in place of one of ours.
     pub by_login: Option<Duration>,
     /// What is served of it; all, where it has no credentials.

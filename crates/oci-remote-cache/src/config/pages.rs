@@ -86,6 +86,7 @@ fn shape(kind: Kind) -> String {
         Kind::TagRules => {
             "list of `{ pattern = \"…\", ttl = \"…\" }` or `{ pattern = \"…\", immutable = true }`"
         }
+        Kind::Logins => "list of `{ repositories = \"…\", username = \"…\", password = … }`",
         Kind::Choice(words) => {
             let words: Vec<String> = words.iter().map(|word| format!("`\"{word}\"`")).collect();
             return words.join(" or ");
@@ -137,12 +138,15 @@ fn reference_key(text: &mut String, key: &Key) {
     let variable = variable(&steps).replace("_KEY_", "<KEY>");
     write!(
         text,
-        "\n### `{name}`\n\n{}\n\n- Value: {}\n- Default: {default}\n- Example: `{name} = {}`\n- Variable: `{variable}`\n",
+        "\n### `{name}`\n\n{}\n\n- Value: {}\n- Default: {default}\n- Example: `{name} = {}`\n",
         key.doc,
         shape(key.kind),
         key.example,
     )
     .ok();
+    if key.kind != Kind::Logins {
+        writeln!(text, "- Variable: `{variable}`").ok();
+    }
 }
 
 fn built_in() -> String {

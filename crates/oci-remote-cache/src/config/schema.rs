@@ -106,6 +106,16 @@ fn shape(kind: Kind) -> Json {
             "required": ["pattern"],
             "additionalProperties": false,
         }}),
+        Kind::Logins => json!({ "type": "array", "items": {
+            "type": "object",
+            "properties": {
+                "repositories": text,
+                "username": text,
+                "password": shape(Kind::Secret),
+            },
+            "required": ["repositories", "username", "password"],
+            "additionalProperties": false,
+        }}),
         Kind::Choice(words) => json!({ "enum": words }),
     }
 }

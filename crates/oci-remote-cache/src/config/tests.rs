@@ -619,6 +619,87 @@ fn secrets_come_from_files_and_variables() {
 }
 
 #[test]
+fn some_repositories_have_logins_of_their_own() {
+    let case = Case::variables("", &[("OCI_REMOTE_CACHE_ACME", "from-env")]);
+    fs::write(case.path("p"), "from file\n").unwrap();
+    let text = format!(
+        "[upstreams.\"ghcr.io\"]\ncredentials_for = [\n\
+         {{ repositories = \"acme\", username = \"robot\", password = {{ file = {:?} }} }},\n\
+         {{ repositories = \"acme/apps/**\", username = \"apps\", password = {{ env = \"OCI_REMOTE_CACHE_ACME\" }} }},\n]",
+        case.path("p")
+    );
+    fs::write(case.path("c.toml"), text).unwrap();
+    let config = case.load();
+    let logins = &upstream(&config, "ghcr.io").credentials_for;
+    let seen: Vec<_> = logins
+        .iter()
+        .map(|(prefix, login)| {
+            (
+                prefix.as_str(),
+                login.username.as_str(),
+                login.password.expose(),
+            )
+        })
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            ("acme", "robot", "from file"),
+            ("acme/apps", "apps", "from-env")
+        ]
+    );
+    assert_eq!(logins[0].1.password_file, Some(case.path("p")));
+    let shown = case.shown();
+    let line = "credentials_for = [{ repositories = \"acme\", username = \"robot\", password = \"***\" }, {";
+    assert!(shown.contains(line), "{shown}");
+    let settings = Settings::read(&case.sources).unwrap();
+    assert!(!format!("{shown}{config:?}{settings:?}").contains("from-env"));
+}
+
+#[test]
+fn bad_logins_for_repositories_are_told() {
+    let login = "repositories = \"acme\", username = \"u\", password = \"hunter2\"";
+    for (written, why) in [
+        ("\"acme=u:p\"".to_owned(), "must be an array of"),
+        ("[\"acme\"]".to_owned(), "login 1 must be {"),
+        (
+            format!("[{{ {login} }}, {{ {login} }}]"),
+            "login 2 is a second one for \"acme\"",
+        ),
+        (
+            format!("[{{ {login}, user = \"u\" }}]"),
+            "did you mean \"username\"?",
+        ),
+        (
+            "[{ username = \"u\", password = \"hunter2\" }]".to_owned(),
+            "needs repositories",
+        ),
+        (
+            format!("[{{ {} }}]", login.replace("acme", "Acme/*")),
+            "bad repositories \"Acme/*\"",
+        ),
+        (
+            format!("[{{ {} }}]", login.replace("hunter2", "")),
+            "is empty",
+        ),
+        (
+            "[{ repositories = \"a\", username = \"u\" }]".to_owned(),
+            "needs a password",
+        ),
+    ] {
+        let error = Case::file(&format!(
+            "[upstreams.\"ghcr.io\"]\ncredentials_for = {written}"
+        ))
+        .error();
+        assert!(error.contains("credentials_for"), "{error}");
+        assert!(error.contains(why) && !error.contains("hunter2"), "{error}");
+    }
+    let name = "OCI_REMOTE_CACHE_UPSTREAMS__GHCR_IO__CREDENTIALS_FOR";
+    let error = Case::variables("", &[(name, "acme=u:p")]).error();
+    assert!(error.contains("in a file"), "{error}");
+}
+
+#[test]
 fn variables_override_the_file_and_flags_both() {
     let mut case = Case::variables(
         "listen = \"127.0.0.1:1\"\nadmin_listen = \"127.0.0.1:2\"\ncache_dir = \"/file\"\n\
