@@ -9,8 +9,9 @@ use base64::engine::general_purpose::STANDARD;
 use testbed::cache::{blob_path, manifest_path};
 use testbed::image::ACCEPT_ALL;
 use testbed::{
-    Auth, Basic, Bearer, CacheProcess, Content, Exchange, Gate, Image, ImageSpec, Kind, Matcher,
-    Registry, Request, Response, ServeOptions, TokenServer, Upstream, assert_good, faults,
+    Auth, Basic, Bearer, CacheBuilder, CacheProcess, Content, Exchange, Gate, Image, ImageSpec,
+    Kind, Matcher, Registry, Request, Response, ServeOptions, TokenServer, Upstream, assert_good,
+    faults,
 };
 use tokio::time::sleep;
 
@@ -62,6 +63,13 @@ struct Scene {
 }
 
 async fn scene(say: impl FnOnce(Upstream) -> Upstream) -> Scene {
+    scene_with(say, |builder| builder).await
+}
+
+async fn scene_with(
+    say: impl FnOnce(Upstream) -> Upstream,
+    of_the_cache: impl FnOnce(CacheBuilder) -> CacheBuilder,
+) -> Scene {
     let registry = Registry::start().await;
     let tokens = TokenServer::at(&registry);
     let mut users = HashMap::new();
@@ -88,7 +96,7 @@ async fn scene(say: impl FnOnce(Upstream) -> Upstream) -> Scene {
     Scene {
         public: registry.put_image(&ImageSpec::new(PUBLIC, "v1").seed("one")),
         private: registry.put_image(&ImageSpec::new(PRIVATE, "v1").seed("other")),
-        cache: builder.start().await,
+        cache: of_the_cache(builder).start().await,
         doors,
         registry,
         tokens,
@@ -426,4 +434,68 @@ async fn a_registry_that_wants_basic_gets_the_clients_own() {
     assert_challenged(&ask(Some("alice:wrong")).await);
     assert_good(&ask(Some(ALICE)).await, &image.manifest);
     cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_login_began_another_may_finish() {
+    const MIB: u64 = 1 << 20;
+    let scene = scene(|upstream| {
+        let upstream = upstream.line("connections_per_blob = 1");
+        upstream.tag_ttl("1h").line("client_proof_ttl = \"1h\"")
+    })
+    .await;
+    let blob = Content::blob(40 << 20, "of forty MiB");
+    scene.registry.put_blob(PRIVATE, &blob);
+    assert_eq!(scene.tag(Some(ALICE)).await.status, 200);
+    assert_eq!(scene.tag(Some(CAROL)).await.status, 200);
+    scene.expel("alice");
+    let breaks = faults::serve(&blob, ServeOptions::new().reset_at(20 * MIB));
+    let gets = Matcher::blobs().method("GET").of(blob.digest);
+    scene.registry.script(gets.once(), breaks);
+    let path = blob_path("up", PRIVATE, blob.digest);
+    let alice = scene.ask(Request::get(&path), Some(ALICE)).await;
+    assert!(!alice.is_whole(), "her login was refused midway: {alice}");
+    assert_eq!(scene.layer(Some(ALICE)).await.status, 403);
+    let carol = Request::get(&path).compare(&blob.data);
+    let carol = scene.ask(carol, Some(CAROL)).await;
+    assert!(carol.is_right(), "{carol}");
+    let sent = scene.registry.sent((Kind::Blob, "GET", blob.digest));
+    assert!(sent < 50 * MIB, "{sent} bytes came for 40 MiB");
+    scene.cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_catalog_names_what_ones_own_login_was_shown_to_open() {
+    let scene = scene_with(
+        |upstream| upstream.line("client_proof_ttl = \"1h\""),
+        |builder| builder.line("catalog = true"),
+    )
+    .await;
+    let public = manifest_path("up", PUBLIC, "v1");
+    assert_eq!(scene.ask(Request::get(&public), None).await.status, 200);
+    scene.pull(ALICE).await;
+    assert_eq!(scene.tag(Some(BOB)).await.status, 403);
+    scene
+        .cache
+        .wait_until_stored(&scene.private.manifest.digest)
+        .await;
+    scene
+        .cache
+        .wait_until_stored(&scene.public.manifest.digest)
+        .await;
+    let (public, private) = (format!("up/{PUBLIC}"), format!("up/{PRIVATE}"));
+    for (login, names) in [
+        (Some(ALICE), vec![private, public.clone()]),
+        (Some(BOB), vec![public.clone()]),
+        (Some("alice:wrong"), vec![public.clone()]),
+        (None, vec![public]),
+    ] {
+        let answer = scene.ask(Request::get("/v2/_catalog"), login).await;
+        assert_eq!(
+            answer.json()["repositories"],
+            serde_json::json!(names),
+            "{login:?}"
+        );
+    }
+    scene.cache.check_invariants().await;
 }
