@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Private images: what an open cache serves, who of our own clients may pull what, and where the upstream's credentials come from.
-# The upstream has one public and one private repository, tokens that live for seconds, and a password that is rotated.
+# The upstream has one public and one private repository, tokens that live for seconds, two users of whom one may pull the private
+# one, and a password that is rotated.
 SUITE=private
 . "$(dirname "$0")/lib.sh"
 client_home
@@ -8,12 +9,13 @@ stop_on_exit
 
 PUBLIC_REPO=demo/public
 PRIVATE_REPO=$REPO
+OTHER=bob:builder # a login that the upstream knows, and that opens nothing of the private repository
 PASSWORD_FILE=$E2E_WORK/upstream-password
 CERTS=$E2E_WORK/certs
 
 auth_start() {
   start_server auth "http://127.0.0.1:$PORT_auth/" python3 "$E2E_DIR/token_server.py" \
-    "$PORT_auth" "$E2E_WORK/token.key" "$E2E_WORK/token.crt" "$UPSTREAM_USER" "@$PASSWORD_FILE" "$TOKEN_LIFE" "$PUBLIC_REPO"
+    "$PORT_auth" "$E2E_WORK/token.key" "$E2E_WORK/token.crt" "$UPSTREAM_USER" "@$PASSWORD_FILE" "$TOKEN_LIFE" "$PUBLIC_REPO" "$OTHER"
 }
 token_registry() { # NAME PORT
   registry_start "$1" "$2" "auth: { token: { realm: \"http://127.0.0.1:$PORT_auth/token\", service: e2e,
@@ -149,7 +151,54 @@ pass_store() {
       '{ServerURL: $host, Username: $user, Secret: $secret}' | docker-credential-pass store
 }
 
-# ── 4: what leads inward sees no connection ──
+# ── 4: each client's own login at the upstream ──
+
+PROOF=4 # seconds
+
+own_logins() {
+  local own=$UPSTREAM_USER:$(cat "$PASSWORD_FILE")
+  cache_with 0.0.0.0 http < <(upstream_section "$(printf 'credentials = "client"\nclient_proof_ttl = "%ss"' "$PROOF")")
+  check "own: podman, nobody, the public image" podman_pull "$PUBLIC_REPO:v1" --tls-verify=false
+  refuses "own: podman, nobody, the private image" podman_pull "$PRIVATE_REPO:v1" --tls-verify=false
+  check "own: podman, its own login, the private image" podman_pull "$PRIVATE_REPO:v1" --tls-verify=false --creds "$own"
+  refuses "own: podman, another's login, the same image, cached" podman_pull "$PRIVATE_REPO:v1" --tls-verify=false --creds "$OTHER"
+  refuses "own: podman, a wrong password" podman_pull "$PRIVATE_REPO:v1" --tls-verify=false --creds "$UPSTREAM_USER:wrong"
+  check "own: podman, another's login, the public image" podman_pull "$PUBLIC_REPO:v1" --tls-verify=false --creds "$OTHER"
+  same "own: skopeo, its own login, the same digest" "$(own_skopeo "$own")" "$(index_digest v1)"
+  refuses "own: skopeo, another's login" own_skopeo "$OTHER"
+  own_docker
+  own_containerd "$own"
+  own_revoked "$own"
+  cache_stop
+}
+own_skopeo() { # USER:PASSWORD
+  skopeo inspect --tls-verify=false --creds "$1" --format '{{.Digest}}' "docker://$CACHE/token.test/$PRIVATE_REPO:v1"
+}
+own_docker() {
+  rm -f "$HOME/.docker/config.json"
+  check "own: dockerd starts, empty" dockerd_start || return
+  check "own: docker, nobody, the public image" docker_cli pull -q "$CACHE/token.test/$PUBLIC_REPO:v1"
+  refuses "own: docker, nobody, the private image" docker_cli pull -q "$CACHE/token.test/$PRIVATE_REPO:v1"
+  dockerd_stop
+}
+own_containerd() { # USER:PASSWORD
+  containerd_hosts "$CACHE" "http://$CACHE"
+  check "own: containerd starts, empty" containerd_start || return
+  refuses "own: containerd, another's login, the private image" closed_ctr "$OTHER" "$PRIVATE_REPO"
+  check "own: containerd, its own login, the private image" closed_ctr "$1" "$PRIVATE_REPO"
+  check "own: containerd, nobody, the public image" ctr_cli images pull --hosts-dir "$E2E_WORK/hosts" --snapshotter native \
+    "$CACHE/token.test/$PUBLIC_REPO:v1"
+  containerd_stop
+}
+own_revoked() { # USER:PASSWORD
+  check "own: before its password was changed" podman_pull "$PRIVATE_REPO:v1" --tls-verify=false --creds "$1"
+  echo "changed-$UPSTREAM_PASSWORD" >"$PASSWORD_FILE"
+  sleep "$((PROOF + TOKEN_LIFE + 1))"
+  refuses "own: after its password was changed, the old one, cached" podman_pull "$PRIVATE_REPO:v1" --tls-verify=false --creds "$1"
+  check "own: the new one" podman_pull "$PRIVATE_REPO:v1" --tls-verify=false --creds "$UPSTREAM_USER:changed-$UPSTREAM_PASSWORD"
+}
+
+# ── 5: what leads inward sees no connection ──
 
 inward() {
   local own
@@ -209,5 +258,6 @@ token_registry token "$PORT_token"
 open_cache
 closed_cache
 helper
+own_logins
 inward
 exit 0

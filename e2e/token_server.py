@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """A token server for docker-registry's `auth: token`: RS256, a few seconds of life, one line on stdout for each token.
 
-usage: token_server.py PORT KEY.pem CERT.pem USER PASSWORD|@FILE EXPIRES_IN [PUBLIC REPOSITORY]...
+usage: token_server.py PORT KEY.pem CERT.pem USER PASSWORD|@FILE EXPIRES_IN [PUBLIC REPOSITORY | OTHER:PASSWORD]...
 
 GET /token?service=S&scope=repository:NAME:ACTIONS answers {"token", "expires_in"}. Without the right Basic credentials the token
-grants nothing but pulling from public repositories. A password in a file is read for each request, so that it can be rotated. Signing is left to the openssl command, so that Python's standard library is enough.
+grants nothing but pulling from public repositories, and neither does it with those of another user. A password in a file is read for each request, so that it can be rotated. Signing is left to the openssl command, so that Python's standard library is enough.
 While the file named by $TOKEN_STATUS exists, everybody is answered with the status that is written in it.
 """
 
@@ -24,7 +24,13 @@ ISSUER = "e2e"
 REGISTRY_LEEWAY = 60
 
 STATUS_FILE = os.environ.get("TOKEN_STATUS", "")
-PORT, KEY, CERT, USER, PASSWORD, EXPIRES_IN, *PUBLIC = sys.argv[1:]
+PORT, KEY, CERT, USER, PASSWORD, EXPIRES_IN, *REST = sys.argv[1:]
+PUBLIC = [one for one in REST if ":" not in one]
+OTHERS = [one for one in REST if ":" in one]
+
+
+def basic_of(login):
+    return "Basic " + base64.b64encode(login.encode()).decode()
 
 
 def basic():
@@ -32,7 +38,7 @@ def basic():
     if password.startswith("@"):
         with open(password[1:], encoding="utf-8") as file:
             password = file.read().strip()
-    return "Basic " + base64.b64encode(f"{USER}:{password}".encode()).decode()
+    return basic_of(f"{USER}:{password}")
 
 
 def refusal():
@@ -96,7 +102,13 @@ class Handler(BaseHTTPRequestHandler):
         known = hmac.compare_digest(self.headers.get("Authorization", ""), basic())
         scopes = [one for value in query.get("scope", []) for one in value.split()]
         access = [one for one in map(access_of, scopes) if known or one["name"] in PUBLIC]
-        print("token", USER if known else "anonymous", *scopes, flush=True)
+        shown = self.headers.get("Authorization")
+        others = [one.partition(":")[0] for one in OTHERS if basic_of(one) == shown]
+        who = USER if known else others[0] if others else "anonymous" if shown is None else "unknown"
+        print("token", who, *scopes, flush=True)
+        if who == "unknown":
+            self.answer(401, {"details": "incorrect username or password"})
+            return
         body = {"token": token(query.get("service", [""])[0], access), "expires_in": int(EXPIRES_IN)}
         self.answer(200, body)
 

@@ -17,7 +17,7 @@ use crate::cache::{Cache, Origin, Shown};
 use crate::cli::history::Era;
 use crate::cli::ls::Row;
 use crate::clock::Clock;
-use crate::config::{Config, Serve, TlsConfig, UpstreamConfig};
+use crate::config::{Config, CredentialsConfig, Serve, TlsConfig, UpstreamConfig};
 use crate::fill::{Connections, Fills};
 use crate::http::dispatch::{Gate, Registry};
 use crate::http::doorman::{Books, Doorman};
@@ -281,9 +281,14 @@ fn gate(config: &Config, tasks: &Tasks) -> Result<Gate, StartError> {
     } else {
         Door::Open
     };
+    let by_login = config.upstreams.iter();
+    let by_login = by_login.filter(|upstream| upstream.by_login.is_some());
     Ok(Gate {
         doorman: Doorman::new(&books, tasks.clone())?,
         rules: ClientRules::new(parsed(&clients.rules)?, door),
+        by_login: by_login
+            .map(|upstream| UpstreamId::new(&upstream.key))
+            .collect(),
     })
 }
 
@@ -306,9 +311,10 @@ fn origins(
             }
             let id = settings.id.clone();
             let rules = upstream.rules.clone();
-            let shown = match upstream.serve {
-                Serve::All => Shown::All,
-                Serve::Public => Shown::Public,
+            let shown = match (upstream.by_login, upstream.serve) {
+                (Some(ttl), _) => Shown::Proven(ttl),
+                (None, Serve::All) => Shown::All,
+                (None, Serve::Public) => Shown::Public,
             };
             let made = Upstream::new(settings, metrics.clone(), clock.clone());
             let upstream = made.map_err(|error| StartError::Upstream {
@@ -346,21 +352,31 @@ fn keyring(
     logins: Option<&Logins>,
     tasks: &Tasks,
 ) -> Result<Keyring, FileError> {
-    let Some(credentials) = &upstream.credentials else {
-        let names = names_in_logins(upstream);
-        return Ok(logins.map_or_else(Keyring::default, |logins| {
-            Keyring::from_logins(logins.clone(), names, tasks.clone())
-        }));
-    };
+    if upstream.by_login.is_some() {
+        return Ok(Keyring::default());
+    }
+    let everywhere = upstream.credentials.iter();
+    let everywhere = everywhere.map(|credentials| (String::new(), credentials));
+    let some = upstream.credentials_for.iter();
+    let some = some.map(|(prefix, credentials)| (prefix.clone(), credentials));
+    let own: Result<Vec<_>, FileError> = everywhere
+        .chain(some)
+        .map(|(prefix, credentials)| Ok((prefix, login(credentials)?)))
+        .collect();
+    let files = logins.filter(|_| upstream.credentials.is_none());
+    let files = files.map(|logins| (logins.clone(), names_in_logins(upstream)));
+    Ok(Keyring::new(own?, files, tasks.clone()))
+}
+
+fn login(credentials: &CredentialsConfig) -> Result<Login, FileError> {
     let password = match &credentials.password_file {
         Some(path) => Password::Kept(Watched::open(path, read_password)?),
         None => Password::Said(credentials.password.clone()),
     };
-    let login = Login {
+    Ok(Login {
         username: credentials.username.clone(),
         password,
-    };
-    Ok(Keyring::of(login, tasks.clone()))
+    })
 }
 
 /// Key, aliases, and the address's host with its port, where it says one.

@@ -71,6 +71,27 @@ impl Timestamp {
         self.0.div_euclid(1000)
     }
 
+    /// The moment that RFC 3339 writes so, in whole seconds; `None` when it is none, or before 1970.
+    pub fn parse_rfc3339(text: &str) -> Option<Self> {
+        let (date, rest) = text.trim().split_once(['T', 't', ' '])?;
+        let (time, offset) = if let Some(time) = rest.strip_suffix(['Z', 'z']) {
+            (time, 0)
+        } else {
+            let (time, offset) = rest.split_at_checked(rest.rfind(['+', '-'])?)?;
+            (time, offset_minutes(offset)?)
+        };
+        let (time, _fraction) = time.split_once('.').unwrap_or((time, ""));
+        let [year, month, day] = numbers(date, '-')?;
+        let [hour, minute, second] = numbers(time, ':')?;
+        let possible = (1..=12).contains(&month) && (1..=31).contains(&day);
+        if !possible || hour > 23 || minute > 59 || second > 60 {
+            return None;
+        }
+        let of_day = hour * 3600 + (minute - offset) * 60 + second;
+        let seconds = day_number(year, month, day) * 86_400 + of_day;
+        (seconds >= 0).then_some(Self(seconds * 1000))
+    }
+
     /// As RFC 3339 writes it, in UTC and whole seconds: `2026-08-21T00:00:00Z`.
     pub fn rfc3339(self) -> String {
         let (days, second) = (
@@ -81,6 +102,37 @@ impl Timestamp {
         let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
         format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
     }
+}
+
+/// `+02:00` in minutes.
+fn offset_minutes(text: &str) -> Option<i64> {
+    let (sign, text) = match text.strip_prefix('-') {
+        Some(text) => (-1, text),
+        None => (1, text.strip_prefix('+')?),
+    };
+    let [hours, minutes] = numbers(text, ':')?;
+    (hours < 24 && minutes < 60).then_some(sign * (hours * 60 + minutes))
+}
+
+/// Exactly so many numbers of at most four digits.
+fn numbers<const N: usize>(text: &str, between: char) -> Option<[i64; N]> {
+    let number = |part: &str| {
+        let digits =
+            !part.is_empty() && part.len() <= 4 && part.bytes().all(|b| b.is_ascii_digit());
+        digits.then(|| part.parse().ok()).flatten()
+    };
+    let parts: Option<Vec<i64>> = text.split(between).map(number).collect();
+    parts?.try_into().ok()
+}
+
+/// The inverse of [`civil`].
+fn day_number(year: i64, month: i64, day: i64) -> i64 {
+    let year = if month <= 2 { year - 1 } else { year };
+    let (era, year_of_era) = (year.div_euclid(400), year.rem_euclid(400));
+    let from_march = (month + 9) % 12;
+    let of_year = (153 * from_march + 2) / 5 + day - 1;
+    let of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + of_year;
+    era * 146_097 + of_era - 719_468
 }
 
 /// Year, month and day of a day counted from 1970-01-01, in the Gregorian calendar. Years are counted from March, so that the leap day
@@ -131,6 +183,43 @@ mod tests {
             (4_107_542_400, "2100-03-01T00:00:00Z"),
         ] {
             assert_eq!(Timestamp(seconds * 1000).rfc3339(), text);
+        }
+    }
+
+    #[test]
+    fn rfc3339_is_read_as_it_is_written() {
+        for text in [
+            "1970-01-01T00:00:00Z",
+            "2000-02-29T23:59:59Z",
+            "2026-08-21T00:00:00Z",
+            "2100-03-01T12:30:05Z",
+        ] {
+            let read = Timestamp::parse_rfc3339(text).unwrap();
+            assert_eq!(read.rfc3339(), text);
+        }
+        let same = Timestamp::parse_rfc3339("2026-08-21T10:00:00Z");
+        for text in [
+            "2026-08-21T12:00:00+02:00",
+            "2026-08-21t04:30:00.999-05:30",
+            " 2026-08-21 10:00:00z ",
+        ] {
+            assert_eq!(Timestamp::parse_rfc3339(text), same, "{text}");
+        }
+        for text in [
+            "",
+            "now",
+            "2026-08-21",
+            "2026-08-21T10:00:00",
+            "2026-13-01T00:00:00Z",
+            "2026-08-21T25:00:00Z",
+            "2026-08-21T10:00Z",
+            "+026-08-21T10:00:00Z",
+            "2026-08-21T10:00:00+99:00",
+            "0001-01-01T00:00:00Z",
+            "20260-08-21T10:00:00Z",
+            "2026-08-21T10:00:00+é",
+        ] {
+            assert_eq!(Timestamp::parse_rfc3339(text), None, "{text}");
         }
     }
 }

@@ -5,7 +5,11 @@
 use std::fmt;
 use std::sync::Arc;
 
-use oci::RepositoryName;
+use oci::{Digest, RepositoryName};
+
+/// What one client's own login begins with, and what all of them are called. Configured ones begin with `user:`.
+const CLIENT: &str = "client:";
+const CLIENTS: &str = "clients";
 
 /// An upstream by its configured key, for example `docker.io`. Never a dial target: the configuration says where it leads.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -47,6 +51,36 @@ impl CredentialId {
     /// The credential configured with this user name.
     pub fn configured(username: &str) -> Self {
         Self(Arc::from(format!("user:{username}").as_str()))
+    }
+
+    /// A client's own login, by a hash of it that only this process can make. It keys tokens and proofs, in memory only.
+    pub fn client(mark: &Digest) -> Self {
+        Self(Arc::from(format!("{CLIENT}{}", mark.hex()).as_str()))
+    }
+
+    /// All clients' own logins, as records name them: which one it was is settled anew for each request.
+    pub fn clients() -> Self {
+        Self(Arc::from(CLIENTS))
+    }
+
+    /// The credential as records may name it.
+    #[must_use]
+    pub fn recorded(self) -> Self {
+        if self.is_client() {
+            Self::clients()
+        } else {
+            self
+        }
+    }
+
+    /// The credential that a record names: what [`CredentialId::as_str`] once wrote.
+    pub fn from_record(text: &str) -> Self {
+        Self(Arc::from(text))
+    }
+
+    /// Whether this is one client's own login.
+    pub fn is_client(&self) -> bool {
+        self.0.starts_with(CLIENT)
     }
 
     /// The credential as it is written to the catalog; empty for anonymous.

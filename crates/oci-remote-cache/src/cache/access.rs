@@ -10,11 +10,12 @@ use std::time::Duration;
 use oci::Page;
 
 use super::error::{CacheError, Thing};
+use super::visit::Visit;
 use super::{Cache, Origin, ask};
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::Source;
-use crate::policy::Grant;
+use crate::policy::{Grant, May};
 use crate::upstream::{Ask, Fault, Identity, Method, Resource, UpstreamError};
 
 /// How long it is believed that anyone may pull from a repository.
@@ -27,6 +28,8 @@ pub enum Shown {
     All,
     /// Only what anyone may pull there.
     Public,
+    /// To each client what its own login was shown to open within so long, and what anyone may pull.
+    Proven(Duration),
 }
 
 impl Cache {
@@ -36,14 +39,18 @@ impl Cache {
         grant: &Grant,
         resource: Resource,
         deadline: Deadline,
-    ) -> Result<(), CacheError> {
+    ) -> Result<Visit, CacheError> {
         let source = grant.source();
         match self.origin(source)?.shown {
+            Shown::Proven(ttl) => {
+                return self.enter_by_login(grant, resource, (ttl, deadline)).await;
+            }
             // Without credentials there is nothing that they could open.
-            _ if self.is_anonymous(source) => Ok(()),
-            Shown::All => Ok(()),
-            Shown::Public => self.enter_public(source, resource, deadline).await,
+            _ if self.is_anonymous(source) => {}
+            Shown::All => {}
+            Shown::Public => self.enter_public(source, resource, deadline).await?,
         }
+        Ok(Visit::new(grant, Identity::Configured))
     }
 
     /// Whether a request would be let in without asking the upstream.
@@ -79,12 +86,18 @@ impl Cache {
         if self.inner.not_public.holds(source) {
             return Err(not_public(source));
         }
-        let (cache, from, what) = (self.clone(), source.clone(), resource.clone());
+        let nobody = Visit {
+            source: source.clone(),
+            identity: Identity::Anonymous,
+            may: May::PullCached,
+        };
+        let (cache, what) = (self.clone(), resource.clone());
         let errand = self
             .inner
             .openings
             .run((source.clone(), resource), move || async move {
-                Box::pin(cache.ask_in_nobodys_name(&from, what)).await
+                let asked = Box::pin(cache.knock(&nobody, &what)).await;
+                cache.judge_opening(&nobody, (what, asked)).await
             });
         let landed = deadline
             .run(errand)
@@ -97,29 +110,31 @@ impl Cache {
         }
     }
 
-    async fn ask_in_nobodys_name(
+    /// Asks for something by HEAD, in a visit's name: an answer means that the repository is open to it.
+    pub(super) async fn knock(
         &self,
-        source: &Source,
-        resource: Resource,
-    ) -> Result<(), CacheError> {
-        let origin = self.origin(source)?;
-        let first = ask(&source.repository, resource.clone(), Method::Head);
-        let asked = match send(origin, first).await {
+        visit: &Visit,
+        resource: &Resource,
+    ) -> Result<(), UpstreamError> {
+        let Ok(origin) = self.origin(visit) else {
+            return Ok(());
+        };
+        let first = ask(visit, resource.clone(), Method::Head);
+        match send(origin, first).await {
             Err(error) if says_nothing_of_rights(&error) => {
                 // This very thing is missing, or HEAD is not known: that says nothing about the repository, but its list of tags does.
                 let tags = Resource::Tags(Page {
                     n: Some(1),
                     ..Page::default()
                 });
-                let second = ask(&source.repository, tags, Method::Get);
+                let second = ask(visit, tags, Method::Get);
                 // Where the list is refused or missing too, the first answer is what the client is told.
                 send(origin, second)
                     .await
                     .map_err(|second| if denies(&second) { second } else { error })
             }
             asked => asked,
-        };
-        self.judge_opening(source, (resource, asked)).await
+        }
     }
 
     async fn judge_opening(
@@ -141,13 +156,7 @@ impl Cache {
             self.inner.not_public.note(source.clone(), ttl);
             return Err(not_public(source));
         }
-        if matches!(error.fault(), Fault::NotFound { .. }) {
-            return Err(CacheError::Unknown {
-                thing: thing(&resource),
-                source_: source.clone(),
-            });
-        }
-        Err(CacheError::Upstream(Arc::new(error)))
+        Err(no_answer(source, &resource, error))
     }
 
     async fn note_public(&self, source: &Source, seen: Option<Timestamp>) {
@@ -159,10 +168,6 @@ impl Cache {
 }
 
 async fn send(origin: &Origin, ask: Ask) -> Result<(), UpstreamError> {
-    let ask = Ask {
-        identity: Identity::Anonymous,
-        ..ask
-    };
     let sent = origin.upstream.send(&ask, Deadline::for_answer()).await;
     sent.map(drop)
 }
@@ -172,7 +177,18 @@ fn is_believed(since: Timestamp, now: Timestamp) -> bool {
     since <= now && since.age(now) < PUBLIC_FOR
 }
 
-fn denies(error: &UpstreamError) -> bool {
+/// What a refusal that is none of rights means.
+pub(super) fn no_answer(source: &Source, resource: &Resource, error: UpstreamError) -> CacheError {
+    if matches!(error.fault(), Fault::NotFound { .. }) {
+        return CacheError::Unknown {
+            thing: thing(resource),
+            source_: source.clone(),
+        };
+    }
+    CacheError::Upstream(Arc::new(error))
+}
+
+pub(super) fn denies(error: &UpstreamError) -> bool {
     matches!(error.fault(), Fault::Denied { .. })
 }
 

@@ -7,6 +7,8 @@ use oci::{AnyDigest, Digest};
 
 use super::error::{CacheError, Thing};
 use super::right::{Claim, refused};
+use super::single_flight::Role;
+use super::visit::Visit;
 use super::{Cache, all_of};
 use crate::deadline::Deadline;
 pub use crate::fill::direct::DirectReader;
@@ -62,24 +64,25 @@ impl Cache {
         wish: Wish,
         deadline: Deadline,
     ) -> Result<BlobAnswer, CacheError> {
-        self.enter(grant, Resource::Blob(digest.clone()), deadline)
+        let visit = &self
+            .enter(grant, Resource::Blob(digest.clone()), deadline)
             .await?;
-        if grant.may() == May::PullCached {
-            return self.held_blob(grant, digest).await;
+        if visit.may == May::PullCached {
+            return self.held_blob(visit, digest).await;
         }
         let digest = match digest {
             AnyDigest::Known(digest) => *digest,
-            AnyDigest::Foreign(_) => return self.pass_through(grant, digest, deadline).await,
+            AnyDigest::Foreign(_) => return self.pass_through(visit, digest, deadline).await,
         };
-        let mut standing = match self.claim(grant, digest, Kind::Blob, deadline).await? {
+        let mut standing = match self.claim(visit, digest, Kind::Blob, deadline).await? {
             Claim::Proven(_right) => Standing::Proven,
             Claim::Open => Standing::Unproven,
         };
-        let negative = (grant.source().clone(), Thing::Blob, digest.to_string());
+        let negative = (visit.visitor(), Thing::Blob, digest.to_string());
         if standing == Standing::Unproven
             && let Some(refusal) = self.inner.negatives.find(&negative)
         {
-            return Err(refused(grant.source(), Thing::Blob, refusal));
+            return Err(refused(visit, Thing::Blob, refusal));
         }
         if standing == Standing::Proven
             && let Some(body) = self.small(&digest)
@@ -87,24 +90,21 @@ impl Cache {
             return Ok(BlobAnswer::Held(body));
         }
         loop {
-            let wanted = self.wanted(grant, digest, standing, wish)?;
-            match self.inner.fills.find(&wanted).await {
+            let wanted = self.wanted(visit, digest, standing, wish)?;
+            let (joined, role) = match self.inner.fills.find(&wanted).await {
                 Found::Stored(blob) => return Ok(self.opened_small(blob).await),
-                Found::Lead(joined) => {
-                    return self
-                        .opened(grant, digest, joined, (Verdict::Miss, deadline))
-                        .await;
-                }
-                Found::Filling(joined) => {
-                    return self
-                        .opened(grant, digest, joined, (Verdict::Collapsed, deadline))
-                        .await;
-                }
-                Found::Failed(error) => return Err(self.judge_fill(grant, digest, error).await),
+                Found::Lead(joined) => (joined, Role::Lead),
+                Found::Filling(joined) => (joined, Role::Joined),
+                Found::Failed(error) => return Err(self.judge_fill(visit, digest, error).await),
                 Found::ProveFirst => {
-                    self.prove(grant, digest, Kind::Blob, deadline).await?;
+                    self.prove(visit, digest, Kind::Blob, deadline).await?;
                     standing = Standing::Proven;
+                    continue;
                 }
+            };
+            let opened = self.opened(visit, digest, joined, (role, deadline));
+            if let Some(answer) = opened.await? {
+                return Ok(answer);
             }
         }
     }
@@ -142,22 +142,22 @@ impl Cache {
         digest: &AnyDigest,
         deadline: Deadline,
     ) -> Result<BlobHead, CacheError> {
-        self.enter(grant, Resource::Blob(digest.clone()), deadline)
+        let visit = &self
+            .enter(grant, Resource::Blob(digest.clone()), deadline)
             .await?;
-        if grant.may() == May::PullCached {
-            return self.held_blob_head(grant, digest).await;
+        if visit.may == May::PullCached {
+            return self.held_blob_head(visit, digest).await;
         }
         let AnyDigest::Known(known) = *digest else {
             let probe = self
-                .probe(grant.source(), Thing::Blob, digest.clone(), deadline)
+                .probe(visit, Thing::Blob, digest.clone(), deadline)
                 .await?;
             return Ok(BlobHead {
                 size: probe.size,
                 verdict: Verdict::Bypass(Why::UnknownAlgorithm),
             });
         };
-        let claim = self.claim(grant, known, Kind::Blob, deadline).await?;
-        let standing = match claim {
+        let standing = match self.claim(visit, known, Kind::Blob, deadline).await? {
             Claim::Proven(_) => Standing::Proven,
             Claim::Open => Standing::Unproven,
         };
@@ -170,10 +170,10 @@ impl Cache {
             });
         }
         let key = Key {
-            upstream: grant.source().upstream.clone(),
+            upstream: visit.upstream.clone(),
             digest: known,
         };
-        let running = self.inner.fills.running(&key, grant.source(), standing);
+        let running = self.inner.fills.running(&key, visit, standing);
         if let Some((size, phase)) =
             running.and_then(|progress| Some((progress.size?, progress.phase)))
         {
@@ -194,7 +194,7 @@ impl Cache {
             }
         }
         let probe = self
-            .probe(grant.source(), Thing::Blob, digest.clone(), deadline)
+            .probe(visit, Thing::Blob, digest.clone(), deadline)
             .await?;
         Ok(BlobHead {
             size: probe.size.or_else(|| self.told_size(&known)),
@@ -209,18 +209,19 @@ impl Cache {
 
     fn wanted(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         digest: Digest,
         standing: Standing,
         wish: Wish,
     ) -> Result<Wanted, CacheError> {
-        let source = grant.source().clone();
+        let source = visit.source.clone();
         let upstream = Arc::clone(&self.origin(&source)?.upstream);
         let told = self.inner.told.get(&digest);
         Ok(Wanted {
             upstream,
             source,
             digest,
+            identity: visit.identity.clone(),
             standing,
             wish,
             told,
@@ -237,32 +238,36 @@ impl Cache {
         });
     }
 
+    /// `None` when another client's login was refused: this one has its own.
     async fn opened(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         digest: Digest,
         joined: Joined,
-        (verdict, deadline): (Verdict, Deadline),
-    ) -> Result<BlobAnswer, CacheError> {
+        (role, deadline): (Role, Deadline),
+    ) -> Result<Option<BlobAnswer>, CacheError> {
         match joined.open(deadline).await {
             Ok(Some(open)) => {
-                self.lift(grant.source(), None).await;
+                self.lift(visit, None).await;
                 // Verified means that all is here, though its file may not have its name yet.
-                let verdict = if open.is_verified() {
-                    Verdict::Hit
-                } else {
-                    verdict
+                let verdict = match role {
+                    _ if open.is_verified() => Verdict::Hit,
+                    Role::Lead => Verdict::Miss,
+                    Role::Joined => Verdict::Collapsed,
                 };
                 let verdict = open.bypass().map_or(verdict, Verdict::Bypass);
-                Ok(BlobAnswer::Filling(Box::new(open), verdict))
+                Ok(Some(BlobAnswer::Filling(Box::new(open), verdict)))
             }
             Ok(None) => Err(CacheError::Late),
-            Err(error) => Err(self.judge_fill(grant, digest, error).await),
+            Err(error) if role == Role::Joined && visit.is_personal() && is_denial(&error) => {
+                Ok(None)
+            }
+            Err(error) => Err(self.judge_fill(visit, digest, error).await),
         }
     }
 
     /// A refusal by the upstream is remembered and may suspend; everything else is the fill's own story.
-    async fn judge_fill(&self, grant: &Grant, digest: Digest, error: FillError) -> CacheError {
+    async fn judge_fill(&self, visit: &Visit, digest: Digest, error: FillError) -> CacheError {
         let FillError::Upstream(upstream) = &error else {
             return error.into();
         };
@@ -272,22 +277,23 @@ impl Cache {
         ) {
             return CacheError::Upstream(Arc::clone(upstream));
         }
-        self.judge_refusal(grant.source(), Thing::Blob, digest.to_string(), upstream)
+        self.judge_refusal(visit, Thing::Blob, digest.to_string(), upstream)
             .await
     }
 
     async fn pass_through(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         digest: &AnyDigest,
         deadline: Deadline,
     ) -> Result<BlobAnswer, CacheError> {
-        let source = grant.source();
+        let source = &visit.source;
         let ask = BlobAsk {
             upstream: Arc::clone(&self.origin(source)?.upstream),
             repository: source.repository.clone(),
             digest: digest.clone(),
             place: 0,
+            identity: visit.identity.clone(),
         };
         match ask.open(None, deadline).await {
             Ok(stream) => {
@@ -300,8 +306,12 @@ impl Cache {
                 })
             }
             Err(error) => Err(self
-                .judge_refusal(source, Thing::Blob, digest.to_string(), &Arc::new(error))
+                .judge_refusal(visit, Thing::Blob, digest.to_string(), &Arc::new(error))
                 .await),
         }
     }
+}
+
+fn is_denial(error: &FillError) -> bool {
+    matches!(error, FillError::Upstream(error) if matches!(error.fault(), Fault::Denied { .. }))
 }

@@ -39,6 +39,12 @@ pub enum CacheError {
         /// Which repository.
         source_: Source,
     },
+    /// The upstream wants to know who this client is, or does not know the login it showed.
+    #[error("{source_}: log in with your login at {}", source_.upstream)]
+    LogIn {
+        /// Which repository.
+        source_: Source,
+    },
     /// This client may have only what is held, and this is not.
     #[error("{source_}: this {} is not held here, and you may pull only what is", thing.as_str())]
     NotHeld {
@@ -131,6 +137,7 @@ impl CacheError {
             Self::Late => true,
             Self::Unknown { .. }
             | Self::Denied { .. }
+            | Self::LogIn { .. }
             | Self::NotPublic { .. }
             | Self::NotHeld { .. }
             | Self::Fill(_)

@@ -10,8 +10,8 @@ use super::error::{CacheError, Thing};
 use super::freshness::{Fallback, Freshness, Instead};
 use super::listing::{List, Listing};
 use super::manifest::{ManifestAnswer, ManifestWish, Method};
+use super::visit::Visit;
 use crate::names::Source;
-use crate::policy::Grant;
 use crate::store::Blob;
 use crate::store::catalog::Kind;
 use crate::verdict::{Verdict, Why};
@@ -19,19 +19,19 @@ use crate::verdict::{Verdict, Why};
 impl Cache {
     pub(super) async fn held_blob(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         digest: &AnyDigest,
     ) -> Result<BlobAnswer, CacheError> {
-        let blob = self.stored_blob(grant, digest).await?;
+        let blob = self.stored_blob(visit, digest).await?;
         Ok(BlobAnswer::Stored(blob))
     }
 
     pub(super) async fn held_blob_head(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         digest: &AnyDigest,
     ) -> Result<BlobHead, CacheError> {
-        let blob = self.stored_blob(grant, digest).await?;
+        let blob = self.stored_blob(visit, digest).await?;
         Ok(BlobHead {
             size: Some(blob.size),
             verdict: Verdict::Hit,
@@ -41,18 +41,18 @@ impl Cache {
     /// A tag is what the upstream said last; past its age it is served as stale, and says so.
     pub(super) async fn held_manifest(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         reference: &Reference,
         wish: &ManifestWish,
     ) -> Result<ManifestAnswer, CacheError> {
-        let source = grant.source();
+        let source = &visit.source;
         let none = || not_held(source, Thing::Manifest);
         let (digest, age, verdict) = match reference {
             Reference::Digest(AnyDigest::Known(digest)) => (*digest, None, Verdict::Hit),
             Reference::Digest(AnyDigest::Foreign(_)) => return Err(none()),
             Reference::Tag(tag) => {
                 let record = self.tag_record(source, tag).ok_or_else(none)?;
-                let verdict = match self.freshness(source, tag, Some(&record))? {
+                let verdict = match self.freshness(visit, tag, Some(&record))? {
                     Freshness::Fresh(..) => Verdict::Hit,
                     Freshness::Stale(_, Instead::Window, _)
                     | Freshness::Ask(Fallback::Held | Fallback::HeldThoughDeleted) => {
@@ -68,7 +68,7 @@ impl Cache {
                 (meaning.digest, Some(age), verdict)
             }
         };
-        self.has_right(grant, &digest, Kind::Manifest)?;
+        self.has_right(visit, &digest, Kind::Manifest)?;
         let held = self.held(&digest).await.ok_or_else(none)?;
         Ok(ManifestAnswer {
             digest: digest.into(),
@@ -82,12 +82,12 @@ impl Cache {
 
     pub(super) fn held_listing(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         list: List,
     ) -> Result<(Arc<Listing>, Verdict), CacheError> {
-        let source = grant.source();
+        let source = &visit.source;
         let thing = list.thing();
-        self.is_open(source)?;
+        self.is_open(visit)?;
         let held = self.known_page(source, list);
         let listing = held.ok_or_else(|| not_held(source, thing))?;
         let fresh = self.age(&listing) < self.origin(source)?.rules.tag_ttl;
@@ -99,19 +99,19 @@ impl Cache {
         Ok((listing, verdict))
     }
 
-    async fn stored_blob(&self, grant: &Grant, digest: &AnyDigest) -> Result<Blob, CacheError> {
-        let none = || not_held(grant.source(), Thing::Blob);
+    async fn stored_blob(&self, visit: &Visit, digest: &AnyDigest) -> Result<Blob, CacheError> {
+        let none = || not_held(visit, Thing::Blob);
         let AnyDigest::Known(digest) = digest else {
             return Err(none());
         };
-        self.has_right(grant, digest, Kind::Blob)?;
+        self.has_right(visit, digest, Kind::Blob)?;
         self.inner.store.blob(digest).await.ok_or_else(none)
     }
 
     /// Whether the records show that the granted repository holds the digest; nobody else is asked.
-    fn has_right(&self, grant: &Grant, digest: &Digest, kind: Kind) -> Result<(), CacheError> {
-        let source = grant.source();
-        self.is_open(source)?;
+    fn has_right(&self, visit: &Visit, digest: &Digest, kind: Kind) -> Result<(), CacheError> {
+        let source = &visit.source;
+        self.is_open(visit)?;
         let thing = match kind {
             Kind::Blob => Thing::Blob,
             Kind::Manifest => Thing::Manifest,
@@ -123,10 +123,10 @@ impl Cache {
         }
     }
 
-    fn is_open(&self, source: &Source) -> Result<(), CacheError> {
-        if self.is_suspended(source)? {
+    fn is_open(&self, visit: &Visit) -> Result<(), CacheError> {
+        if self.is_suspended(visit)? {
             return Err(CacheError::Denied {
-                source_: source.clone(),
+                source_: visit.source.clone(),
             });
         }
         Ok(())

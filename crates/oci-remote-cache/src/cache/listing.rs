@@ -12,16 +12,17 @@ use quick_cache::Weighter;
 use quick_cache::sync::Cache as Memory;
 use serde::Deserialize;
 
-use super::Cache;
 use super::error::{CacheError, Thing};
 use super::right::refused;
 use super::single_flight::Role;
+use super::visit::Visit;
+use super::{Cache, Shown, ask};
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::Source;
 use crate::policy::{Client, Grant, May, Rules};
 use crate::store::error::StoreError;
-use crate::upstream::{Answer, Ask, Fault, Identity, Method, Resource};
+use crate::upstream::{Answer, Fault, Method, Resource};
 use crate::verdict::Verdict;
 
 /// The longest page read from an upstream: 4 MiB.
@@ -158,13 +159,13 @@ impl Cache {
         list: List,
         deadline: Deadline,
     ) -> Result<(Arc<Listing>, Verdict), CacheError> {
-        self.enter(grant, list.shown_by(), deadline).await?;
-        if grant.may() == May::PullCached {
-            return self.held_listing(grant, list);
+        let visit = &self.enter(grant, list.shown_by(), deadline).await?;
+        if visit.may == May::PullCached {
+            return self.held_listing(visit, list);
         }
-        let key = (grant.source().clone(), list);
+        let key: ListingKey = (visit.source.clone(), list);
         let held = self.inner.listings.pages.get(&key);
-        let suspended = self.is_suspended(&key.0)?;
+        let suspended = self.is_suspended(visit)?;
         let origin = self.origin(&key.0)?;
         let ttl = origin
             .rules
@@ -175,7 +176,7 @@ impl Cache {
         {
             return Ok((Arc::clone(listing), Verdict::Hit));
         }
-        match self.ask_listing(key, deadline).await {
+        match self.ask_listing(visit, key.1, deadline).await {
             Ok((listing, Role::Lead)) => Ok((listing, Verdict::Miss)),
             Ok((listing, Role::Joined)) => Ok((listing, Verdict::Collapsed)),
             Err(error) => match held.filter(|_| !suspended && error.is_outage()) {
@@ -191,7 +192,8 @@ impl Cache {
     }
 
     /// Names of repositories of which something is stored, upstream's key first, in order, from after `after`; at most `most`. Left out are
-    /// those that are suspended, that the client may not pull, and that only our credentials open where only what is public is served.
+    /// those that are suspended, that the client may not pull, that only our credentials open where only what is public is served, and that the
+    /// client's own login was not shown to open lately, where that decides.
     pub async fn repositories(
         &self,
         (rules, client): (&Rules, &Client),
@@ -210,7 +212,9 @@ impl Cache {
         })?;
         let names: BTreeSet<String> = stored
             .into_iter()
-            .filter(|(source, credential)| self.is_shown(source) && self.counts(source, credential))
+            .filter(|(source, credential)| {
+                self.is_shown(source, client) && self.counts(source, credential)
+            })
             .filter(|(source, _)| rules.decide(client.name.as_ref(), source).is_ok())
             .map(|(source, _)| source.to_string())
             .filter(|name| name.as_str() > after)
@@ -218,9 +222,15 @@ impl Cache {
         Ok(names.into_iter().take(most as usize).collect())
     }
 
-    /// Whether a repository may be named to clients at all: only if today it would be served without asking anyone first.
-    fn is_shown(&self, source: &Source) -> bool {
-        matches!(self.is_suspended(source), Ok(false)) && self.is_let_in(source)
+    /// Whether a repository may be named to this client: only if today it would be served to it without asking anyone first.
+    fn is_shown(&self, source: &Source, client: &Client) -> bool {
+        match self.origin(source).map(|origin| origin.shown) {
+            Ok(Shown::Proven(_)) => self.is_proven(source, client),
+            Ok(Shown::All | Shown::Public) => {
+                matches!(self.is_closed(source), Ok(false)) && self.is_let_in(source)
+            }
+            Err(_not_configured) => false,
+        }
     }
 
     pub(super) fn age(&self, listing: &Listing) -> Duration {
@@ -229,22 +239,22 @@ impl Cache {
 
     async fn ask_listing(
         &self,
-        key: ListingKey,
+        visit: &Visit,
+        list: List,
         deadline: Deadline,
     ) -> Result<(Arc<Listing>, Role), CacheError> {
-        let (source, list) = &key;
-        if let Some(refusal) =
-            self.inner
-                .negatives
-                .find(&(source.clone(), list.thing(), list.name()))
-        {
-            return Err(refused(source, list.thing(), refusal));
+        let thing = list.thing();
+        let negative = (visit.visitor(), thing, list.name());
+        if let Some(refusal) = self.inner.negatives.find(&negative) {
+            return Err(refused(visit, thing, refusal));
         }
-        let (cache, asked) = (self.clone(), key.clone());
+        let (cache, asked, from) = (self.clone(), list.clone(), visit.clone());
         let errand = self
             .inner
             .listing_flights
-            .run(key, move || async move { cache.fetch_listing(asked).await });
+            .run((visit.visitor(), list), move || async move {
+                cache.fetch_listing(&from, asked).await
+            });
         let landed = deadline
             .run(errand)
             .await
@@ -253,38 +263,33 @@ impl Cache {
         listing.map(|listing| (listing, role))
     }
 
-    async fn fetch_listing(&self, key: ListingKey) -> Result<Arc<Listing>, CacheError> {
-        let (source, list) = &key;
-        let ask = Ask {
-            repository: source.repository.clone(),
-            resource: list.resource(),
-            method: Method::Get,
-            range: None,
-            accept: None,
-            mirror: 0,
-            identity: Identity::Configured,
-        };
+    async fn fetch_listing(&self, visit: &Visit, list: List) -> Result<Arc<Listing>, CacheError> {
+        let ask = ask(visit, list.resource(), Method::Get);
+        let key = (visit.source.clone(), list);
+        let list = &key.1;
         let deadline = Deadline::for_answer();
-        let upstream = &self.origin(source)?.upstream;
+        let upstream = &self.origin(visit)?.upstream;
         let (answer, body) = match upstream.whole(&ask, PAGE_LIMIT, deadline).await {
             Ok(whole) => whole,
             Err(error) => {
-                self.forget_listing(&key, error.fault());
+                self.forget_listing(&key, visit, error.fault());
                 return Err(self
-                    .judge_refusal(source, list.thing(), list.name(), &Arc::new(error))
+                    .judge_refusal(visit, list.thing(), list.name(), &Arc::new(error))
                     .await);
             }
         };
-        self.lift(source, Some(answer.credential())).await;
+        self.lift(visit, Some(answer.credential())).await;
         let listing = self.read_listing(list, &answer, body);
         let listing = Arc::new(listing.ok_or_else(|| upstream.broken(&ask, "not a list in JSON"))?);
         self.inner.listings.pages.insert(key, Arc::clone(&listing));
         Ok(listing)
     }
 
-    /// A list that the upstream says is gone is not served when it goes down later.
-    fn forget_listing(&self, key: &ListingKey, fault: &Fault) {
-        if matches!(fault, Fault::NotFound { .. } | Fault::Denied { .. }) {
+    /// A list that the upstream says is gone is not served when it goes down later. That one client may not see it takes it from nobody
+    /// else.
+    fn forget_listing(&self, key: &ListingKey, visit: &Visit, fault: &Fault) {
+        let refused = matches!(fault, Fault::Denied { .. }) && !visit.is_personal();
+        if refused || matches!(fault, Fault::NotFound { .. }) {
             self.inner.listings.pages.remove(key);
         }
     }

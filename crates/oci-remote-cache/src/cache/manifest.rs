@@ -12,6 +12,7 @@ use oci::{AnyDigest, Digest, MANIFEST_LIMIT, ManifestView, MediaType, Reference,
 use super::error::{CacheError, Thing};
 use super::freshness::{Fallback, Freshness, Instead, Meanwhile};
 use super::right::{Claim, refused};
+use super::visit::Visit;
 use super::{Cache, all_of, manifest_ask};
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
@@ -86,62 +87,60 @@ impl Cache {
         wish: &ManifestWish,
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
-        self.enter(grant, Resource::Manifest(reference.clone()), deadline)
+        let visit = &self
+            .enter(grant, Resource::Manifest(reference.clone()), deadline)
             .await?;
-        if grant.may() == May::PullCached {
-            return self.held_manifest(grant, reference, wish).await;
+        if visit.may == May::PullCached {
+            return self.held_manifest(visit, reference, wish).await;
         }
         match reference {
             Reference::Digest(AnyDigest::Known(digest)) => {
-                self.manifest_by_digest(grant, *digest, wish.method, deadline)
+                self.manifest_by_digest(visit, *digest, wish.method, deadline)
                     .await
             }
             Reference::Digest(AnyDigest::Foreign(_)) => {
-                self.pass_manifest(grant, reference, wish, deadline).await
+                self.pass_manifest(visit, reference, wish, deadline).await
             }
-            Reference::Tag(tag) => self.manifest_by_tag(grant, tag, wish, deadline).await,
+            Reference::Tag(tag) => self.manifest_by_tag(visit, tag, wish, deadline).await,
         }
     }
 
     async fn manifest_by_tag(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         tag: &Tag,
         wish: &ManifestWish,
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
-        let record = self.tag_record(grant.source(), tag);
-        let answer = match (
-            self.freshness(grant.source(), tag, record.as_ref())?,
-            record,
-        ) {
+        let record = self.tag_record(visit, tag);
+        let answer = match (self.freshness(visit, tag, record.as_ref())?, record) {
             (Freshness::Fresh(age, _), Some(record)) => {
                 let how = (wish.method, Verdict::Hit, age);
-                self.by_record(grant, &record, how, deadline).await?
+                self.by_record(visit, &record, how, deadline).await?
             }
             (Freshness::Stale(age, Instead::Offline, _), Some(record)) => {
                 let how = (wish.method, Why::Offline);
-                if let Some(held) = self.stale(grant, &record, how).await {
+                if let Some(held) = self.stale(visit, &record, how).await {
                     held
                 } else {
                     // Says that the upstream is switched off, unless it is a HEAD.
                     let how = (wish.method, Verdict::Stale(Why::Offline), age);
-                    self.by_record(grant, &record, how, deadline).await?
+                    self.by_record(visit, &record, how, deadline).await?
                 }
             }
             (Freshness::Stale(age, instead, meanwhile), Some(record)) => {
                 if meanwhile == Meanwhile::Ask {
-                    self.revalidate_later(grant.source(), tag, wish.method);
+                    self.revalidate_later(visit, tag, wish.method);
                 }
                 let how = (wish.method, Verdict::Stale(instead.into()), age);
-                self.by_record(grant, &record, how, deadline).await?
+                self.by_record(visit, &record, how, deadline).await?
             }
             (Freshness::Ask(fallback), record) => {
-                self.asked_tag(grant, tag, (wish.method, fallback, record), deadline)
+                self.asked_tag(visit, tag, (wish.method, fallback, record), deadline)
                     .await?
             }
             (Freshness::Fresh(..) | Freshness::Stale(..), None) => {
-                self.asked_tag(grant, tag, (wish.method, Fallback::Nothing, None), deadline)
+                self.asked_tag(visit, tag, (wish.method, Fallback::Nothing, None), deadline)
                     .await?
             }
         };
@@ -149,20 +148,20 @@ impl Cache {
             return Ok(answer);
         }
         let reference = Reference::Tag(tag.clone());
-        self.pass_manifest(grant, &reference, wish, deadline).await
+        self.pass_manifest(visit, &reference, wish, deadline).await
     }
 
     /// Asks the upstream about a tag, and falls back to what is held when it gives no answer.
     async fn asked_tag(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         tag: &Tag,
         (method, fallback, record): (Method, Fallback, Option<TagRecord>),
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
-        let answered = match self.revalidate(grant.source(), tag, method, deadline).await {
+        let answered = match self.revalidate(visit, tag, method, deadline).await {
             Ok(fetched) => {
-                self.with_body(grant, tag, (fetched, method), deadline)
+                self.with_body(visit, tag, (fetched, method), deadline)
                     .await
             }
             Err(error) => Err(error),
@@ -184,15 +183,15 @@ impl Cache {
         let Some(record) = record else {
             return Err(error);
         };
-        tracing::warn!(source = %grant.source(), %tag, %error, "serving a tag past its age");
-        let stale = self.stale(grant, &record, (method, why)).await;
+        tracing::warn!(source = %visit.source, %tag, %error, "serving a tag past its age");
+        let stale = self.stale(visit, &record, (method, why)).await;
         stale.ok_or(error)
     }
 
     /// Answers with a tag's mapping, fetching the manifest by digest where only the mapping is held.
     async fn by_record(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         record: &TagRecord,
         (method, verdict, age): (Method, Verdict, Duration),
         deadline: Deadline,
@@ -205,7 +204,7 @@ impl Cache {
             verdict,
         };
         let answer = self
-            .with_body(grant, &record.tag, (fetched, method), deadline)
+            .with_body(visit, &record.tag, (fetched, method), deadline)
             .await?;
         Ok(ManifestAnswer {
             age: Some(age),
@@ -217,7 +216,7 @@ impl Cache {
     /// is fetched by its name.
     async fn with_body(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         tag: &Tag,
         (fetched, method): (Fetched, Method),
         deadline: Deadline,
@@ -230,7 +229,7 @@ impl Cache {
             return Ok(head);
         };
         match self
-            .manifest_by_digest(grant, digest, method, deadline)
+            .manifest_by_digest(visit, digest, method, deadline)
             .await
         {
             Ok(whole) if whole.verdict == Verdict::Hit => Ok(ManifestAnswer {
@@ -239,9 +238,7 @@ impl Cache {
             }),
             Ok(whole) => Ok(whole),
             Err(CacheError::Unknown { .. }) => {
-                let moved = deadline
-                    .run(Box::pin(self.get_tag(grant.source(), tag)))
-                    .await;
+                let moved = deadline.run(Box::pin(self.get_tag(visit, tag))).await;
                 Ok(moved.map_err(|_late| CacheError::Late)??.answer(method))
             }
             Err(error) => Err(error),
@@ -250,12 +247,12 @@ impl Cache {
 
     async fn manifest_by_digest(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         digest: Digest,
         method: Method,
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
-        if let Claim::Proven(right) = self.claim(grant, digest, Kind::Manifest, deadline).await?
+        if let Claim::Proven(right) = self.claim(visit, digest, Kind::Manifest, deadline).await?
             && let Some(held) = self.held(right.digest()).await
         {
             return Ok(ManifestAnswer {
@@ -267,29 +264,29 @@ impl Cache {
                 age: None,
             });
         }
-        let fetched = self.fetch_digest(grant.source(), digest, deadline).await?;
+        let fetched = self.fetch_digest(visit, digest, deadline).await?;
         Ok(fetched.answer(method))
     }
 
     /// Fetches a manifest by digest; those who ask meanwhile share the errand.
     pub(super) async fn fetch_digest(
         &self,
-        source: &Source,
+        visit: &Visit,
         digest: Digest,
         deadline: Deadline,
     ) -> Result<Fetched, CacheError> {
         if let Some(refusal) =
             self.inner
                 .negatives
-                .find(&(source.clone(), Thing::Manifest, digest.to_string()))
+                .find(&(visit.visitor(), Thing::Manifest, digest.to_string()))
         {
-            return Err(refused(source, Thing::Manifest, refusal));
+            return Err(refused(visit, Thing::Manifest, refusal));
         }
-        let (cache, from) = (self.clone(), source.clone());
+        let (cache, from) = (self.clone(), visit.clone());
         let errand = self
             .inner
             .digests
-            .run((source.clone(), digest), move || async move {
+            .run((visit.visitor(), digest), move || async move {
                 Box::pin(cache.get_digest(&from, digest)).await
             });
         let landed = deadline
@@ -300,23 +297,23 @@ impl Cache {
         fetched.map(|fetched| fetched.seen_by(role))
     }
 
-    async fn get_digest(&self, source: &Source, digest: Digest) -> Result<Fetched, CacheError> {
-        let upstream = &self.origin(source)?.upstream;
+    async fn get_digest(&self, visit: &Visit, digest: Digest) -> Result<Fetched, CacheError> {
+        let upstream = &self.origin(visit)?.upstream;
         let reference = Reference::Digest(digest.into());
-        let ask = manifest_ask(&source.repository, reference, Method::Get);
+        let ask = manifest_ask(visit, reference, Method::Get);
         let deadline = Deadline::for_answer();
         let answer = match upstream.whole(&ask, MANIFEST_LIMIT, deadline).await {
             Ok(answer) => answer,
             Err(error) => {
                 let error = Arc::new(error);
                 return Err(self
-                    .judge_refusal(source, Thing::Manifest, digest.to_string(), &error)
+                    .judge_refusal(visit, Thing::Manifest, digest.to_string(), &error)
                     .await);
             }
         };
-        self.lift(source, Some(answer.0.credential())).await;
-        let judged = read_manifest(source, answer, Some(digest))?;
-        Ok(self.keep(source, judged, None).await)
+        self.lift(visit, Some(answer.0.credential())).await;
+        let judged = read_manifest(visit, answer, Some(digest))?;
+        Ok(self.keep(visit, judged, None).await)
     }
 
     /// Keeps a manifest, and the tag it came by: on disk, in the catalog, in memory. A cache fault costs the keeping, not the answer.
@@ -445,13 +442,13 @@ impl Cache {
     /// The upstream's own answer to this client's `Accept`, or to a digest that cannot be verified. It is never kept.
     async fn pass_manifest(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         reference: &Reference,
         wish: &ManifestWish,
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
-        let source = grant.source();
-        let mut ask = manifest_ask(&source.repository, reference.clone(), Method::Get);
+        let source = &visit.source;
+        let mut ask = manifest_ask(visit, reference.clone(), Method::Get);
         ask.accept.clone_from(&wish.accept);
         let answer = match self
             .origin(source)?
@@ -463,7 +460,7 @@ impl Cache {
             Err(error) => {
                 let error = Arc::new(error);
                 return Err(self
-                    .judge_refusal(source, Thing::Manifest, reference.to_string(), &error)
+                    .judge_refusal(visit, Thing::Manifest, reference.to_string(), &error)
                     .await);
             }
         };

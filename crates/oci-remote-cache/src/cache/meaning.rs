@@ -8,9 +8,9 @@ use oci::Digest;
 use super::Cache;
 use super::freshness::{Held, Past, stand_in};
 use super::manifest::{ManifestAnswer, Method};
+use super::visit::Visit;
 use crate::clock::Timestamp;
 use crate::names::Source;
-use crate::policy::Grant;
 use crate::store::catalog::{Kind, TagRecord};
 use crate::verdict::{Verdict, Why};
 
@@ -47,14 +47,14 @@ impl Cache {
     /// What is held for a tag whose upstream does not answer, of what it means or else meant before; `None` when that is nothing.
     pub(super) async fn stale(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         record: &TagRecord,
         (method, why): (Method, Why),
     ) -> Option<ManifestAnswer> {
         let meaning = self.held_meaning(record)?;
         let held = self.held(&meaning.digest).await?;
         if meaning.digest != record.digest {
-            tracing::info!(source = %grant.source(), tag = %record.tag, new = %record.digest, held = %meaning.digest,
+            tracing::info!(source = %visit.source, tag = %record.tag, new = %record.digest, held = %meaning.digest,
                 "the tag has moved, but its new manifest is not held: serving the one before");
         }
         Some(ManifestAnswer {

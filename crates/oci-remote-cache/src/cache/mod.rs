@@ -6,6 +6,7 @@
 
 mod access;
 pub mod blob;
+mod by_login;
 pub mod error;
 pub mod freshness;
 mod held;
@@ -14,17 +15,19 @@ pub mod manifest;
 mod meaning;
 mod negative;
 pub mod pattern;
+mod proofs;
 mod revalidate;
 pub mod right;
 pub mod single_flight;
 mod standing;
+mod visit;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use oci::{AnyDigest, Digest, Reference, RepositoryName, Slice};
+use oci::{AnyDigest, Digest, Reference, Slice};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache as Memory;
 
@@ -34,12 +37,14 @@ pub use crate::fill::FillError;
 pub use crate::upstream::{Fault, UpstreamError};
 
 use self::freshness::Rules;
-use self::listing::ListingKey;
+use self::listing::List;
 use self::manifest::{Fetched, Held};
 use self::negative::{Negatives, Refused};
+use self::proofs::Proofs;
 use self::right::Probe;
 use self::single_flight::Flights;
 use self::standing::Logins;
+use self::visit::{Visit, Visitor};
 use crate::clock::Clock;
 use crate::fill::{Fills, Told};
 use crate::metrics::Metrics;
@@ -47,7 +52,7 @@ use crate::names::{Source, UpstreamId};
 use crate::store::Store;
 use crate::store::error::StoreError;
 use crate::tasks::Tasks;
-use crate::upstream::{Ask, Identity, Method, Resource, Upstream};
+use crate::upstream::{Ask, Method, Resource, Upstream};
 
 /// Manifest bytes kept in memory: 64 MiB.
 const MANIFEST_MEMORY: u64 = 64 << 20;
@@ -89,12 +94,13 @@ struct Inner {
     negatives: Negatives,
     not_public: Refused,
     openings: Flights<(Source, Resource), Result<(), CacheError>>,
+    proofs: Proofs,
     logins: Logins,
-    tags: Flights<(Source, oci::Tag), Result<Fetched, CacheError>>,
-    digests: Flights<(Source, Digest), Result<Fetched, CacheError>>,
-    probes: Flights<(Source, Thing, AnyDigest), Result<Probe, CacheError>>,
+    tags: Flights<(Visitor, oci::Tag), Result<Fetched, CacheError>>,
+    digests: Flights<(Visitor, Digest), Result<Fetched, CacheError>>,
+    probes: Flights<(Visitor, Thing, AnyDigest), Result<Probe, CacheError>>,
     listings: listing::Listings,
-    listing_flights: Flights<ListingKey, Result<Arc<listing::Listing>, CacheError>>,
+    listing_flights: Flights<(Visitor, List), Result<Arc<listing::Listing>, CacheError>>,
 }
 
 /// Weighs what is in memory by its bytes.
@@ -121,7 +127,11 @@ impl Cache {
         origins: HashMap<UpstreamId, Origin>,
         (clock, metrics, tasks): (Clock, Metrics, Tasks),
     ) -> Self {
+        let by_login = |origin: &&Origin| matches!(origin.shown, Shown::Proven(_));
+        let by_login = origins.values().filter(by_login);
+        let by_login = by_login.map(|origin| origin.upstream.id().clone());
         let inner = Inner {
+            proofs: Proofs::new(tasks.clone(), by_login),
             manifests: Memory::with_weighter(4096, MANIFEST_MEMORY, ByLength),
             small: Memory::with_weighter(4096, SMALL_MEMORY, ByLength),
             told: Memory::new(TOLD),
@@ -162,21 +172,21 @@ impl Cache {
     }
 }
 
-/// A question about a manifest or blob of `repository`.
-fn ask(repository: &RepositoryName, resource: Resource, method: Method) -> Ask {
+/// A question about something of a visit's repository.
+fn ask(visit: &Visit, resource: Resource, method: Method) -> Ask {
     Ask {
-        repository: repository.clone(),
+        repository: visit.repository.clone(),
         resource,
         method,
         range: None,
         accept: None,
         mirror: 0,
-        identity: Identity::Configured,
+        identity: visit.identity.clone(),
     }
 }
 
-fn manifest_ask(repository: &RepositoryName, reference: Reference, method: Method) -> Ask {
-    ask(repository, Resource::Manifest(reference), method)
+fn manifest_ask(visit: &Visit, reference: Reference, method: Method) -> Ask {
+    ask(visit, Resource::Manifest(reference), method)
 }
 
 /// Everything of a blob of this size.

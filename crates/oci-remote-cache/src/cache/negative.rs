@@ -6,6 +6,7 @@ use quick_cache::sync::Cache as Memory;
 use tokio::time::Instant;
 
 use super::error::Thing;
+use super::visit::Visitor;
 use crate::clock::{Clock, Timestamp};
 use crate::names::Source;
 
@@ -31,7 +32,7 @@ pub(super) struct Refused {
 /// Remembered refusals.
 #[derive(Debug)]
 pub(super) struct Negatives {
-    known: Memory<(Source, Thing, String), (Refusal, Life)>,
+    known: Memory<(Visitor, Thing, String), (Refusal, Life)>,
     clock: Clock,
 }
 
@@ -90,14 +91,14 @@ impl Negatives {
     }
 
     /// Remembers a refusal for `ttl`.
-    pub(super) fn note(&self, key: (Source, Thing, String), refusal: Refusal, ttl: Duration) {
+    pub(super) fn note(&self, key: (Visitor, Thing, String), refusal: Refusal, ttl: Duration) {
         if let Some(life) = Life::new(&self.clock, ttl) {
             self.known.insert(key, (refusal, life));
         }
     }
 
     /// The refusal that still holds.
-    pub(super) fn find(&self, key: &(Source, Thing, String)) -> Option<Refusal> {
+    pub(super) fn find(&self, key: &(Visitor, Thing, String)) -> Option<Refusal> {
         let (refusal, life) = self.known.get(key)?;
         if life.is_over(&self.clock) {
             self.known.remove(key);
@@ -107,7 +108,7 @@ impl Negatives {
     }
 
     /// Forgets a refusal: the upstream has said otherwise.
-    pub(super) fn forget(&self, key: &(Source, Thing, String)) {
+    pub(super) fn forget(&self, key: &(Visitor, Thing, String)) {
         self.known.remove(key);
     }
 }

@@ -11,6 +11,7 @@ use super::error::{CacheError, Thing};
 use super::freshness::{Circumstances, Freshness, Known, Reach, Word, judge};
 use super::manifest::{Fetched, read_manifest, tag_record};
 use super::right::refused;
+use super::visit::{Visit, Visitor};
 use super::{Cache, manifest_ask};
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
@@ -42,11 +43,12 @@ impl Cache {
     /// What is to be done about a tag of which this is recorded.
     pub(super) fn freshness(
         &self,
-        source: &Source,
+        visit: &Visit,
         tag: &Tag,
         record: Option<&TagRecord>,
     ) -> Result<Freshness, CacheError> {
-        let refused = self.is_suspended(source)?;
+        let source = &visit.source;
+        let refused = self.is_suspended(visit)?;
         let known = record.map(|record| Known {
             checked: record.checked,
             word: match (refused, record.suspended) {
@@ -72,14 +74,14 @@ impl Cache {
     }
 
     /// Has the upstream asked behind the client's back. What comes of it is in the catalog, where the next request finds it.
-    pub(super) fn revalidate_later(&self, source: &Source, tag: &Tag, method: Method) {
-        let (cache, source, tag) = (self.clone(), source.clone(), tag.clone());
+    pub(super) fn revalidate_later(&self, visit: &Visit, tag: &Tag, method: Method) {
+        let (cache, visit, tag) = (self.clone(), visit.clone(), tag.clone());
         self.inner.tasks.spawn(async move {
             let asked = cache
-                .revalidate(&source, &tag, method, Deadline::for_answer())
+                .revalidate(&visit, &tag, method, Deadline::for_answer())
                 .await;
             if let Err(error) = asked {
-                tracing::info!(%source, %tag, %error, "could not be asked about meanwhile");
+                tracing::info!(source = %visit.source, %tag, %error, "could not be asked about meanwhile");
             }
         });
     }
@@ -87,19 +89,19 @@ impl Cache {
     /// Has the upstream say what a tag is now; those who ask meanwhile share the errand.
     pub(super) async fn revalidate(
         &self,
-        source: &Source,
+        visit: &Visit,
         tag: &Tag,
         method: Method,
         deadline: Deadline,
     ) -> Result<Fetched, CacheError> {
-        if let Some(refusal) = self.inner.negatives.find(&negative(source, tag)) {
-            return Err(refused(source, Thing::Manifest, refusal));
+        if let Some(refusal) = self.inner.negatives.find(&negative(visit, tag)) {
+            return Err(refused(visit, Thing::Manifest, refusal));
         }
-        let (cache, from, name) = (self.clone(), source.clone(), tag.clone());
+        let (cache, from, name) = (self.clone(), visit.clone(), tag.clone());
         let errand = self
             .inner
             .tags
-            .run((source.clone(), tag.clone()), move || async move {
+            .run((visit.visitor(), tag.clone()), move || async move {
                 Box::pin(cache.ask_tag(&from, &name, method)).await
             });
         let landed = deadline
@@ -112,47 +114,44 @@ impl Cache {
 
     async fn ask_tag(
         &self,
-        source: &Source,
+        visit: &Visit,
         tag: &Tag,
         method: Method,
     ) -> Result<Fetched, CacheError> {
-        let record = self.tag_record(source, tag);
+        let record = self.tag_record(visit, tag);
         if record.is_none() && method == Method::Get {
-            return self.get_tag(source, tag).await;
+            return self.get_tag(visit, tag).await;
         }
-        let ask = manifest_ask(
-            &source.repository,
-            Reference::Tag(tag.clone()),
-            Method::Head,
-        );
+        let ask = manifest_ask(visit, Reference::Tag(tag.clone()), Method::Head);
         match self
-            .origin(source)?
+            .origin(visit)?
             .upstream
             .ask(ask, Deadline::for_answer())
             .await
         {
             Ok(answer) => match mapping(&answer) {
-                Some(mapping) => self.mapped(source, tag, (mapping, record, method)).await,
-                None => self.get_tag(source, tag).await,
+                Some(mapping) => self.mapped(visit, tag, (mapping, record, method)).await,
+                None => self.get_tag(visit, tag).await,
             },
-            Err(error) if head_is_not_final(&error) => self.get_tag(source, tag).await,
-            Err(error) => Err(self.tag_refused(source, tag, error).await),
+            Err(error) if head_is_not_final(&error) => self.get_tag(visit, tag).await,
+            Err(error) => Err(self.tag_refused(visit, tag, error).await),
         }
     }
 
     /// The upstream said by HEAD what the tag is.
     async fn mapped(
         &self,
-        source: &Source,
+        visit: &Visit,
         tag: &Tag,
         (mapping, before, method): (Mapping, Option<TagRecord>, Method),
     ) -> Result<Fetched, CacheError> {
-        self.lift(source, Some(&mapping.credential)).await;
+        self.lift(visit, Some(&mapping.credential)).await;
+        let source = &visit.source;
         let same = before
             .as_ref()
             .is_some_and(|record| record.digest == mapping.digest);
         if !same && method == Method::Get {
-            return self.get_moved(source, tag, mapping.digest).await;
+            return self.get_moved(visit, tag, mapping.digest).await;
         }
         let now = self.inner.clock.now();
         let mut record = tag_record(
@@ -180,69 +179,69 @@ impl Cache {
                 Verdict::Miss
             },
         };
-        self.record_tag(record).await;
+        self.record_tag(visit, record).await;
         Ok(fetched)
     }
 
     /// The tag has moved: the new manifest is fetched by digest, which pins what the HEAD promised.
     async fn get_moved(
         &self,
-        source: &Source,
+        visit: &Visit,
         tag: &Tag,
         digest: Digest,
     ) -> Result<Fetched, CacheError> {
         match self
-            .fetch_digest(source, digest, Deadline::for_answer())
+            .fetch_digest(visit, digest, Deadline::for_answer())
             .await
         {
             Ok(fetched) => {
                 let mapping = (digest, fetched.media_type.clone(), fetched.size);
-                self.record_tag(tag_record(source, tag, mapping, self.inner.clock.now()))
-                    .await;
+                let record = tag_record(visit, tag, mapping, self.inner.clock.now());
+                self.record_tag(visit, record).await;
                 Ok(fetched)
             }
-            Err(CacheError::Unknown { .. }) => self.get_tag(source, tag).await,
+            Err(CacheError::Unknown { .. }) => self.get_tag(visit, tag).await,
             Err(error) => Err(error),
         }
     }
 
-    pub(super) async fn get_tag(&self, source: &Source, tag: &Tag) -> Result<Fetched, CacheError> {
-        let ask = manifest_ask(&source.repository, Reference::Tag(tag.clone()), Method::Get);
+    pub(super) async fn get_tag(&self, visit: &Visit, tag: &Tag) -> Result<Fetched, CacheError> {
+        let ask = manifest_ask(visit, Reference::Tag(tag.clone()), Method::Get);
         let deadline = Deadline::for_answer();
-        let upstream = &self.origin(source)?.upstream;
+        let upstream = &self.origin(visit)?.upstream;
         let answer = match upstream.whole(&ask, MANIFEST_LIMIT, deadline).await {
             Ok(answer) => answer,
-            Err(error) => return Err(self.tag_refused(source, tag, error).await),
+            Err(error) => return Err(self.tag_refused(visit, tag, error).await),
         };
-        self.lift(source, Some(answer.0.credential())).await;
-        let judged = read_manifest(source, answer, None)?;
+        self.lift(visit, Some(answer.0.credential())).await;
+        let judged = read_manifest(visit, answer, None)?;
         Ok(self
-            .keep(source, judged, Some((tag, self.inner.clock.now())))
+            .keep(visit, judged, Some((tag, self.inner.clock.now())))
             .await)
     }
 
     /// The upstream refused a tag. A 404 suspends the tag, a 401 or 403 the repository; neither deletes anything.
-    async fn tag_refused(&self, source: &Source, tag: &Tag, error: UpstreamError) -> CacheError {
+    async fn tag_refused(&self, visit: &Visit, tag: &Tag, error: UpstreamError) -> CacheError {
+        let source = &visit.source;
         let gone = matches!(error.fault(), Fault::NotFound { .. });
         if let Some(record) = self.tag_record(source, tag).filter(|_| gone) {
             if !record.suspended {
                 tracing::info!(source = %source, %tag, "the upstream no longer has this tag");
             }
-            self.record_tag(TagRecord {
+            let checked = self.inner.clock.now();
+            let record = TagRecord {
                 suspended: true,
-                checked: self.inner.clock.now(),
+                checked,
                 ..record
-            })
-            .await;
+            };
+            self.record_tag(visit, record).await;
         }
-        self.judge_refusal(source, Thing::Manifest, tag.to_string(), &Arc::new(error))
+        self.judge_refusal(visit, Thing::Manifest, tag.to_string(), &Arc::new(error))
             .await
     }
 
-    async fn record_tag(&self, record: TagRecord) {
-        self.inner
-            .negatives
-            .forget(&negative(&record.source, &record.tag));
+    async fn record_tag(&self, visit: &Visit, record: TagRecord) {
+        self.inner.negatives.forget(&negative(visit, &record.tag));
         if let Err(error) = self
             .inner
             .store
@@ -255,8 +254,8 @@ impl Cache {
     }
 }
 
-fn negative(source: &Source, tag: &Tag) -> (Source, Thing, String) {
-    (source.clone(), Thing::Manifest, tag.to_string())
+fn negative(visit: &Visit, tag: &Tag) -> (Visitor, Thing, String) {
+    (visit.visitor(), Thing::Manifest, tag.to_string())
 }
 
 /// Some registries refuse HEAD where they would answer GET.

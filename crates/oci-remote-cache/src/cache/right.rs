@@ -11,10 +11,10 @@ use oci::{AnyDigest, Digest, Reference};
 
 use super::error::{CacheError, Thing};
 use super::negative::Refusal;
-use super::{Cache, SHARED_REFUSAL, ask};
+use super::visit::Visit;
+use super::{Cache, SHARED_REFUSAL, Shown, ask};
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
-use crate::policy::Grant;
 use crate::store::catalog::{Change, Kind, Membership, Proof};
 use crate::upstream::{Fault, Method, Refused, Resource, UpstreamError};
 
@@ -52,14 +52,14 @@ impl Cache {
     /// How the granted repository stands to a digest. Asks the upstream only where the records do not tell and the bytes came from it.
     pub(super) async fn claim(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         digest: Digest,
         kind: Kind,
         deadline: Deadline,
     ) -> Result<Claim, CacheError> {
-        let source = grant.source();
-        if self.is_suspended(source)? {
-            self.prove(grant, digest, kind, deadline).await?;
+        let source = &visit.source;
+        if self.is_suspended(visit)? {
+            self.prove(visit, digest, kind, deadline).await?;
         }
         let catalog = self.inner.store.catalog();
         match catalog.membership(source, &digest, kind) {
@@ -79,16 +79,18 @@ impl Cache {
         if delivered.is_none() || !self.inner.store.contains(&digest) {
             return Ok(Claim::Open);
         }
-        self.prove(grant, digest, kind, deadline)
+        self.prove(visit, digest, kind, deadline)
             .await
             .map(Claim::Proven)
     }
 
     /// Whether what was proven with `credential` still counts: what anyone may see does, else only what today's credential was shown.
     pub(super) fn counts(&self, source: &Source, credential: &CredentialId) -> bool {
-        let today = self
-            .origin(source)
-            .map(|origin| origin.upstream.credential(&source.repository));
+        // Where each client shows its own login, each was proven for the repository before it came here.
+        let today = self.origin(source).map(|origin| match origin.shown {
+            Shown::Proven(_) => CredentialId::clients(),
+            Shown::All | Shown::Public => origin.upstream.credential(&source.repository),
+        });
         credential.is_anonymous() || today.is_ok_and(|today| today == *credential)
     }
 
@@ -105,14 +107,14 @@ impl Cache {
     /// their way, come from the same upstream.
     pub(super) async fn prove(
         &self,
-        grant: &Grant,
+        visit: &Visit,
         digest: Digest,
         kind: Kind,
         deadline: Deadline,
     ) -> Result<Right, CacheError> {
-        let source = grant.source();
+        let source = &visit.source;
         let probe = self
-            .probe(source, thing(kind), digest.into(), deadline)
+            .probe(visit, thing(kind), digest.into(), deadline)
             .await?;
         let catalog = self.inner.store.catalog();
         if catalog
@@ -137,7 +139,7 @@ impl Cache {
     /// Asks the upstream by HEAD; those who ask meanwhile share the answer. Its 200 lifts a suspension, its 401 or 403 makes one.
     pub(super) async fn probe(
         &self,
-        source: &Source,
+        visit: &Visit,
         thing: Thing,
         digest: AnyDigest,
         deadline: Deadline,
@@ -145,15 +147,15 @@ impl Cache {
         if let Some(refusal) =
             self.inner
                 .negatives
-                .find(&(source.clone(), thing, digest.to_string()))
+                .find(&(visit.visitor(), thing, digest.to_string()))
         {
-            return Err(refused(source, thing, refusal));
+            return Err(refused(visit, thing, refusal));
         }
-        let (cache, from, wanted) = (self.clone(), source.clone(), digest.clone());
+        let (cache, from, wanted) = (self.clone(), visit.clone(), digest.clone());
         let errand = self
             .inner
             .probes
-            .run((source.clone(), thing, digest), move || async move {
+            .run((visit.visitor(), thing, digest), move || async move {
                 cache.ask_for(&from, thing, wanted).await
             });
         let landed = deadline
@@ -165,38 +167,40 @@ impl Cache {
 
     async fn ask_for(
         &self,
-        source: &Source,
+        visit: &Visit,
         thing: Thing,
         digest: AnyDigest,
     ) -> Result<Probe, CacheError> {
-        let upstream = &self.origin(source)?.upstream;
+        let upstream = &self.origin(visit)?.upstream;
         let name = digest.to_string();
         let resource = match thing {
             Thing::Manifest => Resource::Manifest(Reference::Digest(digest)),
             Thing::Blob | Thing::Tags | Thing::Referrers => Resource::Blob(digest),
         };
         match upstream
-            .ask(
-                ask(&source.repository, resource, Method::Head),
-                Deadline::for_answer(),
-            )
+            .ask(ask(visit, resource, Method::Head), Deadline::for_answer())
             .await
         {
             Ok(answer) => {
-                self.lift(source, Some(answer.credential())).await;
+                self.lift(visit, Some(answer.credential())).await;
                 Ok(Probe {
                     size: answer.content_length(),
                     credential: answer.credential().clone(),
                 })
             }
             Err(error) => Err(self
-                .judge_refusal(source, thing, name, &Arc::new(error))
+                .judge_refusal(visit, thing, name, &Arc::new(error))
                 .await),
         }
     }
 
+    /// Whether the repository is suspended for who asks. A client that uses its own login was proven, or is not here.
+    pub(super) fn is_suspended(&self, visit: &Visit) -> Result<bool, CacheError> {
+        Ok(!visit.is_personal() && self.is_closed(visit)?)
+    }
+
     /// Whether the repository is suspended for the credential we would use.
-    pub(super) fn is_suspended(&self, source: &Source) -> Result<bool, CacheError> {
+    pub(super) fn is_closed(&self, source: &Source) -> Result<bool, CacheError> {
         let upstream = &self.origin(source)?.upstream;
         let credential = upstream.credential(&source.repository);
         Ok(self.inner.store.catalog().is_suspended(source, &credential))
@@ -204,11 +208,15 @@ impl Cache {
 
     /// The upstream has answered 200 for this repository, to `shown` where that is known: it is open again, and nothing needs to be
     /// fetched anew.
-    pub(super) async fn lift(&self, source: &Source, shown: Option<&CredentialId>) {
+    pub(super) async fn lift(&self, visit: &Visit, shown: Option<&CredentialId>) {
+        let source = &visit.source;
+        if visit.is_personal() {
+            return;
+        }
         if let Some(credential) = shown {
             self.inner.logins.accepted(source, credential);
         }
-        let Ok(true) = self.is_suspended(source) else {
+        let Ok(true) = self.is_closed(source) else {
             return;
         };
         let Ok(origin) = self.origin(source) else {
@@ -261,11 +269,12 @@ impl Cache {
     /// Turns an upstream's error into ours, remembering refusals and suspending where access was refused.
     pub(super) async fn judge_refusal(
         &self,
-        source: &Source,
+        visit: &Visit,
         thing: Thing,
         name: String,
         error: &Arc<UpstreamError>,
     ) -> CacheError {
+        let source = &visit.source;
         let (refusal, refused_) = match error.fault() {
             Fault::NotFound { .. } => (Refusal::Unknown, None),
             Fault::Denied { refused, .. } => (Refusal::Denied, Some(*refused)),
@@ -290,6 +299,10 @@ impl Cache {
                 .origin(source)
                 .map(|origin| origin.rules.negative_ttl)
                 .unwrap_or_default(),
+            // One client's login is refused, or nobody's: that says nothing about the others.
+            Refusal::Denied if visit.is_personal() => {
+                return self.deny(visit, refused_);
+            }
             Refusal::Denied => {
                 self.note_login(source, refused_);
                 self.suspend(source, error).await;
@@ -298,7 +311,7 @@ impl Cache {
         };
         self.inner
             .negatives
-            .note((source.clone(), thing, name), refusal, ttl);
+            .note((visit.visitor(), thing, name), refusal, ttl);
         refused(source, thing, refusal)
     }
 }

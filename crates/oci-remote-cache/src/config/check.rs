@@ -7,12 +7,14 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use url::Url;
 
 use super::builtin::BUILT_IN;
 use super::error::{ConfigError, Origin, Problem};
 use super::keys::{KeyPath, nearest};
+use super::logins::PrefixLogin;
 use super::settings::Settings;
 use super::value::{SecretSource, Typed};
 use super::{
@@ -23,6 +25,12 @@ use crate::secret::Secret;
 
 /// No password is longer; a file that is was not meant.
 const LARGEST_SECRET: u64 = 64 << 10;
+
+/// How long it is believed that a client's login opens something, where the operator says nothing.
+const USUAL_PROOF: Duration = Duration::from_mins(10);
+
+/// Longest belief in what a client's login opened.
+const LONGEST_PROOF: Duration = Duration::from_hours(24);
 
 /// The settings below one table, and what is needed to resolve them.
 struct Section<'a> {
@@ -209,6 +217,7 @@ impl Section<'_> {
                 format!("has no url and is not built in{hint}"),
             )
         })?;
+        let by_login = self.by_login()?;
         let credentials = self.child(&["credentials"]).credentials()?;
         Ok(UpstreamConfig {
             key: key.to_owned(),
@@ -218,7 +227,9 @@ impl Section<'_> {
             rules: self.rules()?,
             offline: self.require("offline")?,
             serve: self.serve(),
+            by_login,
             credentials,
+            credentials_for: self.credentials_for()?,
             token_realms: self.list("token_realms"),
             redirect_hosts: self.list("redirect_hosts"),
             mirrors: self.list("mirrors"),
@@ -226,6 +237,51 @@ impl Section<'_> {
             connections_per_blob: self.require("connections_per_blob")?,
             max_connections: self.require("max_connections")?,
         })
+    }
+
+    /// How long a client's own login is believed, where clients show theirs.
+    fn by_login(&self) -> Result<Option<Duration>, Problem> {
+        let ttl: Duration = self.require("client_proof_ttl")?;
+        if self.find::<String>("credentials").is_none() {
+            // What `config show` prints may be read back.
+            if ttl != USUAL_PROOF {
+                let what = "means nothing without credentials = \"client\"";
+                return Err(self.problem("client_proof_ttl", what));
+            }
+            return Ok(None);
+        }
+        if self.is_set("credentials_for") {
+            let what = "has no place beside credentials = \"client\"";
+            return Err(self.problem("credentials_for", what));
+        }
+        let table = self.child(&["credentials"]);
+        for name in ["username", "password"] {
+            if table.is_set(name) {
+                return Err(table.problem(name, "has no place beside credentials = \"client\""));
+            }
+        }
+        if self.is_set("serve") {
+            let what = "means nothing with credentials = \"client\": each client is served what its own login opens";
+            return Err(self.problem("serve", what));
+        }
+        let same_header = ["htpasswd", "tokens"].into_iter().find(|name| {
+            self.settings
+                .get(&KeyPath::new(&["clients", name]))
+                .is_some()
+        });
+        if let Some(name) = same_header {
+            let what = format!(
+                "\"client\" does not go with clients.{name}: clients would have to show both in one header; tls.client_ca_file goes with it"
+            );
+            return Err(self.problem("credentials", what));
+        }
+        if ttl.is_zero() || ttl > LONGEST_PROOF {
+            return Err(self.problem(
+                "client_proof_ttl",
+                "must be more than nothing and at most a day",
+            ));
+        }
+        Ok(Some(ttl))
     }
 
     /// Where there are no credentials, both mean the same.
@@ -313,17 +369,36 @@ impl Section<'_> {
         let password: Option<SecretSource> = self.find("password");
         match (username, password) {
             (None, None) => Ok(None),
-            (Some(username), Some(source)) => Ok(Some(CredentialsConfig {
-                username,
-                password: self.secret("password", &source)?,
-                password_file: match &source {
-                    SecretSource::File(path) => Some(path.clone()),
-                    SecretSource::Text(_) | SecretSource::Variable(_) => None,
-                },
-            })),
+            (Some(username), Some(source)) => self.login("password", username, &source).map(Some),
             (Some(_), None) => Err(self.problem("username", "needs a password beside it")),
             (None, Some(_)) => Err(self.problem("password", "needs a username beside it")),
         }
+    }
+
+    fn credentials_for(&self) -> Result<Vec<(String, CredentialsConfig)>, Problem> {
+        let logins: Vec<PrefixLogin> = self.list("credentials_for");
+        let logins = logins.into_iter().map(|login| {
+            let found = self.login("credentials_for", login.username, &login.password)?;
+            Ok((login.repositories, found))
+        });
+        logins.collect()
+    }
+
+    /// A user name and the password that the key `name` tells of.
+    fn login(
+        &self,
+        name: &str,
+        username: String,
+        source: &SecretSource,
+    ) -> Result<CredentialsConfig, Problem> {
+        Ok(CredentialsConfig {
+            username,
+            password: self.secret(name, source)?,
+            password_file: match source {
+                SecretSource::File(path) => Some(path.clone()),
+                SecretSource::Text(_) | SecretSource::Variable(_) => None,
+            },
+        })
     }
 
     fn secret(&self, name: &str, source: &SecretSource) -> Result<Secret, Problem> {

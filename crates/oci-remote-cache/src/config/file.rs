@@ -95,7 +95,10 @@ impl Reader<'_> {
             let path = at.child(name.get_ref());
             let line = self.line(name.span().start);
             match find(&path) {
-                Found::Key(key) => self.value(key, path, line, value.get_ref()),
+                Found::Either(_) if value.get_ref().is_table() => self.subtable(&path, line, value),
+                Found::Key(key) | Found::Either(key) => {
+                    self.value(key, path, line, value.get_ref());
+                }
                 Found::Table => self.subtable(&path, line, value),
                 Found::Nothing => self.refuse(&path, line, &unknown(&path, value.get_ref())),
             }

@@ -59,6 +59,8 @@ pub(super) enum Kind {
     Secret,
     /// How long tags of some patterns last.
     TagRules,
+    /// Logins for some repositories.
+    Logins,
     /// One of a few words.
     Choice(&'static [&'static str]),
 }
@@ -297,6 +299,23 @@ const ALL: &[Key] = &[
         doc: "How long an upstream's \"not found\" is believed.",
     },
     Key {
+        path: &["upstreams", "*", "credentials"],
+        kind: Kind::Choice(&["client"]),
+        default: Default::Words("none, which means anonymous"),
+        example: "\"client\"",
+        doc: "`\"client\"` in place of a user name and password: each client shows its own login at this upstream, as `Authorization: \
+              Basic`, and is served what that was shown to open, from the cache too. What anyone may pull needs no login. Goes with \
+              neither `clients.htpasswd` nor `clients.tokens`, which are shown in the same header, nor with `serve`.",
+    },
+    Key {
+        path: &["upstreams", "*", "client_proof_ttl"],
+        kind: Kind::Duration,
+        default: Default::Text("10m"),
+        example: "\"10m\"",
+        doc: "With `credentials = \"client\"`: for how long it is believed that a client's login opens a repository before the upstream \
+              is asked again. At most a day.",
+    },
+    Key {
         path: &["upstreams", "*", "credentials", "username"],
         kind: Kind::Username,
         default: Default::Words("none, which means anonymous"),
@@ -309,6 +328,15 @@ const ALL: &[Key] = &[
         default: Default::Words("none, which means anonymous"),
         example: "{ file = \"/run/secrets/registry-password\" }",
         doc: "Password or token: text, `{ file = \"…\" }` (line ends at its end are dropped) or `{ env = \"…\" }`.",
+    },
+    Key {
+        path: &["upstreams", "*", "credentials_for"],
+        kind: Kind::Logins,
+        default: Default::Words("none"),
+        example: "[{ repositories = \"acme\", username = \"robot\", password = { file = \"/run/secrets/acme\" } }]",
+        doc: "Other logins for some of the upstream's repositories: those whose names begin with `repositories`, whole segments; the \
+              longest wins, `credentials` (or the login file) is for all others. A password is written as above. In a file only: a \
+              variable can hold a password that `{ env = \"…\" }` names.",
     },
     Key {
         path: &["upstreams", "*", "serve"],
@@ -375,6 +403,11 @@ impl Key {
     /// Whether the key belongs to an upstream.
     pub(super) fn is_upstream(&self) -> bool {
         self.path.get(1) == Some(&"*")
+    }
+
+    /// Whether a table may stand in place of its value.
+    pub(super) fn is_table_too(&self) -> bool {
+        keys().any(|key| key.path.len() > self.path.len() && key.path.starts_with(self.path))
     }
 
     /// The table it is printed in.
@@ -449,10 +482,11 @@ pub(super) fn find(path: &KeyPath) -> Found {
     };
     let mut found = Found::Nothing;
     for key in keys().filter(|key| fits(key.path)) {
-        if key.path.len() == path.0.len() {
-            return Found::Key(key);
-        }
-        found = Found::Table;
+        found = match found {
+            _ if key.path.len() == path.0.len() => Found::Key(key),
+            Found::Key(key) | Found::Either(key) => Found::Either(key),
+            Found::Table | Found::Nothing => Found::Table,
+        };
     }
     found
 }
@@ -462,6 +496,8 @@ pub(super) fn find(path: &KeyPath) -> Found {
 pub(super) enum Found {
     /// A key with a value.
     Key(&'static Key),
+    /// A key with a value, or a table in its place.
+    Either(&'static Key),
     /// A table that holds keys.
     Table,
     /// No such key.

@@ -10,6 +10,7 @@ mod error;
 mod file;
 mod hosts;
 mod keys;
+mod logins;
 mod notes;
 mod pages;
 mod schema;
@@ -24,6 +25,7 @@ mod tests;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use url::Url;
 
@@ -118,6 +120,10 @@ pub struct UpstreamConfig {
     pub offline: bool,
     /// Who we are there; none is anonymous.
     pub credentials: Option<CredentialsConfig>,
+    /// Who we are for repositories whose names begin so; the longest beginning wins.
+    pub credentials_for: Vec<(String, CredentialsConfig)>,
+    /// How long a client's own login is believed, where clients show theirs in place of one of ours.
+    pub by_login: Option<Duration>,
     /// What is served of it; all, where it has no credentials.
     pub serve: Serve,
     /// `host` or `host:port` that may receive the credentials too.

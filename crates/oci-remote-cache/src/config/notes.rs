@@ -12,7 +12,7 @@ use url::Host;
 use super::error::Origin;
 use super::keys::{KeyPath, keys};
 use super::settings::Settings;
-use super::value::{SecretSource, Typed as _};
+use super::value::SecretSource;
 use super::{Config, Serve, UpstreamConfig};
 
 /// What is noteworthy, one line each.
@@ -23,6 +23,7 @@ pub fn notes(config: &Config, settings: &Settings) -> Vec<String> {
         let key = &upstream.key;
         let about = [
             clear(upstream),
+            heard(config, upstream),
             open(config, upstream),
             ca(upstream),
             shadow(config, upstream),
@@ -65,14 +66,28 @@ fn clear(upstream: &UpstreamConfig) -> Option<String> {
         Host::Ipv4(address) => !IpAddr::V4(address).is_loopback(),
         Host::Ipv6(address) => !IpAddr::V6(address).is_loopback(),
     };
-    let clear = upstream.url.scheme() == "http" && upstream.credentials.is_some() && far;
+    let any = has_credentials(upstream) || upstream.by_login.is_some();
+    let clear = upstream.url.scheme() == "http" && any && far;
     clear.then(|| "sends its credentials in the clear, since its url is http://".to_owned())
+}
+
+/// Logins that clients send to us where others can listen.
+fn heard(config: &Config, upstream: &UpstreamConfig) -> Option<String> {
+    let far = !config.listen.ip().to_canonical().is_loopback();
+    let heard = upstream.by_login.is_some() && config.tls.is_none() && far;
+    heard.then(|| {
+        "takes clients' own logins, which they send in the clear unless [tls] or a proxy encrypts them".to_owned()
+    })
+}
+
+fn has_credentials(upstream: &UpstreamConfig) -> bool {
+    upstream.credentials.is_some() || !upstream.credentials_for.is_empty()
 }
 
 /// Credentials behind a door that is open to a network.
 fn open(config: &Config, upstream: &UpstreamConfig) -> Option<String> {
     let open = !config.listen.ip().to_canonical().is_loopback() && !config.knows_clients();
-    if upstream.credentials.is_none() || !open {
+    if !has_credentials(upstream) || !open {
         return None;
     }
     Some(match upstream.serve {
@@ -107,14 +122,22 @@ fn shadow(config: &Config, upstream: &UpstreamConfig) -> Option<String> {
 fn open_secrets(settings: &Settings) -> Vec<String> {
     let secrets = keys().flat_map(|key| settings.paths(key));
     secrets
-        .filter_map(|path| open_secret(settings, &path))
+        .flat_map(|path| {
+            let setting = settings.get(&path);
+            let secrets = setting.into_iter().flat_map(|setting| {
+                let secrets = setting.value.secrets().into_iter();
+                secrets.map(|source| (source, &setting.origin))
+            });
+            let notes: Vec<String> = secrets
+                .filter_map(|(source, origin)| open_secret(&path, source, origin))
+                .collect();
+            notes
+        })
         .collect()
 }
 
-fn open_secret(settings: &Settings, path: &KeyPath) -> Option<String> {
-    let setting = settings.get(path)?;
-    let source = SecretSource::of(&setting.value)?;
-    let (file, holder) = match (source, &setting.origin) {
+fn open_secret(path: &KeyPath, source: &SecretSource, origin: &Origin) -> Option<String> {
+    let (file, holder) = match (source, origin) {
         (SecretSource::Text(_), Origin::File { file, .. }) => (Path::new(&**file), "is written in"),
         (SecretSource::File(file), _) => (file.as_path(), "is read from"),
         _ => return None,

@@ -86,6 +86,7 @@ fn shape(kind: Kind) -> String {
         Kind::TagRules => {
             "list of `{ pattern = \"…\", ttl = \"…\" }` or `{ pattern = \"…\", immutable = true }`"
         }
+        Kind::Logins => "list of `{ repositories = \"…\", username = \"…\", password = … }`",
         Kind::Choice(words) => {
             let words: Vec<String> = words.iter().map(|word| format!("`\"{word}\"`")).collect();
             return words.join(" or ");
@@ -113,7 +114,13 @@ fn template_key(text: &mut String, key: &Key) {
         }
     };
     let value = value.unwrap_or_else(|| key.example.to_owned());
-    line(text, &format!("{} = {value}", key.name().join(".")));
+    let setting = format!("{} = {value}", key.name().join("."));
+    if key.is_table_too() {
+        // The keys of the table follow, and only one of both can be set.
+        comment(text, &setting);
+    } else {
+        line(text, &setting);
+    }
 }
 
 fn reference_key(text: &mut String, key: &Key) {
@@ -131,12 +138,15 @@ fn reference_key(text: &mut String, key: &Key) {
     let variable = variable(&steps).replace("_KEY_", "<KEY>");
     write!(
         text,
-        "\n### `{name}`\n\n{}\n\n- Value: {}\n- Default: {default}\n- Example: `{name} = {}`\n- Variable: `{variable}`\n",
+        "\n### `{name}`\n\n{}\n\n- Value: {}\n- Default: {default}\n- Example: `{name} = {}`\n",
         key.doc,
         shape(key.kind),
         key.example,
     )
     .ok();
+    if key.kind != Kind::Logins {
+        writeln!(text, "- Variable: `{variable}`").ok();
+    }
 }
 
 fn built_in() -> String {

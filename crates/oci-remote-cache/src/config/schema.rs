@@ -28,7 +28,13 @@ fn table(path: &[&'static str]) -> Json {
         };
         let below = [path, &[*step]].concat();
         let is_key = below.len() == key.path.len();
-        let entry = || if is_key { leaf(key) } else { table(&below) };
+        let entry = || match (is_key, key.is_table_too()) {
+            (true, true) => {
+                json!({ "description": key.doc, "anyOf": [leaf(key), table(&below)] })
+            }
+            (true, false) => leaf(key),
+            (false, _) => table(&below),
+        };
         if *step == "*" {
             any.get_or_insert_with(entry);
         } else if !properties.contains_key(*step) {
@@ -98,6 +104,16 @@ fn shape(kind: Kind) -> Json {
                 "immutable": { "type": "boolean" },
             },
             "required": ["pattern"],
+            "additionalProperties": false,
+        }}),
+        Kind::Logins => json!({ "type": "array", "items": {
+            "type": "object",
+            "properties": {
+                "repositories": text,
+                "username": text,
+                "password": shape(Kind::Secret),
+            },
+            "required": ["repositories", "username", "password"],
             "additionalProperties": false,
         }}),
         Kind::Choice(words) => json!({ "enum": words }),

@@ -160,7 +160,8 @@ impl Settings {
     fn variables_of_secrets(&self) -> Vec<String> {
         self.values
             .values()
-            .filter_map(|setting| match SecretSource::of(&setting.value)? {
+            .flat_map(|setting| setting.value.secrets())
+            .filter_map(|source| match source {
                 SecretSource::Variable(name) => Some(name.clone()),
                 SecretSource::Text(_) | SecretSource::File(_) => None,
             })

@@ -12,6 +12,7 @@ use url::Url;
 
 use super::hosts::{read_host, read_host_or_network, read_name, read_network, read_url};
 use super::keys::Kind;
+use super::logins::{self, PrefixLogin};
 use super::tags::{self, TagRule};
 use super::units::{duration_text, parse_duration, parse_size, size_text};
 use crate::policy::rules::Rule;
@@ -61,6 +62,8 @@ pub(super) enum Value {
     Secret(SecretSource),
     /// How long tags of some patterns last.
     TagRules(Vec<TagRule>),
+    /// Logins for some repositories.
+    Logins(Vec<PrefixLogin>),
 }
 
 /// Where a secret's text comes from.
@@ -106,6 +109,7 @@ impl Written {
             | Kind::Url
             | Kind::Username
             | Kind::Secret
+            | Kind::Logins
             | Kind::Choice(_) => {}
         }
         // What does not read as a flag or number is left as text, which its key then refuses.
@@ -176,7 +180,27 @@ impl Value {
             Kind::Username => read_username(written.text("a string")?).map(Self::Text),
             Kind::Secret => read_secret(written).map(Self::Secret),
             Kind::TagRules => tags::read(written).map(Self::TagRules),
+            Kind::Logins => logins::read(written).map(Self::Logins),
             Kind::Choice(words) => read_choice(words, written.text("a string")?),
+        }
+    }
+
+    /// Where the secrets in it are.
+    pub(super) fn secrets(&self) -> Vec<&SecretSource> {
+        match self {
+            Self::Secret(source) => vec![source],
+            Self::Logins(logins) => logins.iter().map(|login| &login.password).collect(),
+            Self::Address(_)
+            | Self::Path(_)
+            | Self::Text(_)
+            | Self::Size(_)
+            | Self::Duration(_)
+            | Self::Flag(_)
+            | Self::Count(_)
+            | Self::Url(_)
+            | Self::Urls(_)
+            | Self::Texts(_)
+            | Self::TagRules(_) => Vec::new(),
         }
     }
 
@@ -195,6 +219,7 @@ impl Value {
             Self::Texts(texts) => array(texts.iter()),
             Self::Secret(_) => quoted("***"),
             Self::TagRules(rules) => tags::literal(rules),
+            Self::Logins(logins) => logins::literal(logins),
         }
     }
 }
@@ -222,6 +247,7 @@ typed!(
     Texts Vec<String>,
     Secret SecretSource,
     TagRules Vec<TagRule>,
+    Logins Vec<PrefixLogin>,
 );
 
 const A_DURATION: &str = "a string like \"1m\"";
@@ -295,7 +321,7 @@ fn read_rule(text: &str) -> Result<String, String> {
     }
 }
 
-fn read_username(text: &str) -> Result<String, String> {
+pub(super) fn read_username(text: &str) -> Result<String, String> {
     // RFC 7617 section 2: what stands before the first colon is the user name.
     if text.is_empty() || text.contains(':') || text.chars().any(char::is_control) {
         return Err("must be a user name: not empty, no colon, no control characters".to_owned());
@@ -303,7 +329,7 @@ fn read_username(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-fn read_secret(written: &Written) -> Result<SecretSource, String> {
+pub(super) fn read_secret(written: &Written) -> Result<SecretSource, String> {
     match written {
         Written::Text(text) => Ok(SecretSource::Text(Secret::new(text.clone()))),
         Written::Table(entries) => match entries.as_slice() {

@@ -14,8 +14,8 @@ use super::tail::Joined;
 use super::{Fill, FillError, Fills, Key, Phase, Progress, Readers, Wish, task};
 use crate::names::Source;
 use crate::store::Blob;
-use crate::upstream::Upstream;
 use crate::upstream::resume::BlobAsk;
+use crate::upstream::{Identity, Upstream};
 
 /// How long requests of the same repository share a failure, so that a storm on a bad blob is no storm on the upstream.
 const SHARED_FAILURE: Duration = Duration::from_millis(500);
@@ -37,10 +37,12 @@ pub enum Standing {
 pub struct Wanted {
     /// Where to ask for it.
     pub upstream: Arc<Upstream>,
-    /// In whose name.
+    /// For which repository.
     pub source: Source,
     /// Which blob.
     pub digest: Digest,
+    /// Whose rights are used, should this request lead.
+    pub identity: Identity,
     /// What may be given.
     pub standing: Standing,
     /// Which bytes.
@@ -189,6 +191,7 @@ impl Fills {
                 repository: wanted.source.repository.clone(),
                 digest: wanted.digest.into(),
                 place: self.first_place(key, wanted.upstream.places()),
+                identity: wanted.identity.clone(),
             },
             told: wanted.told,
             progress,

@@ -21,7 +21,7 @@ use super::*;
 use crate::clock::Clock;
 use crate::deadline::Deadline;
 use crate::store::{Blob, Health, StoreSettings};
-use crate::upstream::{self, Upstream};
+use crate::upstream::{self, Identity, Upstream};
 
 const MIB: u64 = 1 << 20;
 const REPO: &str = "lib/app";
@@ -89,6 +89,7 @@ impl Bench {
             upstream: Arc::clone(&self.upstreams[&id]),
             source: Source::new(id, repo.parse().unwrap()),
             digest,
+            identity: Identity::Configured,
             standing,
             wish: wish_of(None, 1),
             told: None,

@@ -1,9 +1,13 @@
 //! From a request to a route, a grant, and the file that answers.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
 
-use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
+use hyper::header::{
+    AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT,
+    X_CONTENT_TYPE_OPTIONS,
+};
 use hyper::http::request::Parts;
 use hyper::{Method, Response};
 use oci::{ErrorCode, NamePath, Route, Target};
@@ -17,6 +21,7 @@ use super::problem::Problem;
 use super::{blob, listing, manifest};
 use crate::cache::Cache;
 use crate::deadline::Deadline;
+use crate::names::UpstreamId;
 use crate::policy::{Client, Door, Grant, Names, Rules, admit};
 use crate::verdict::{Assurance, Verdict};
 
@@ -48,6 +53,8 @@ pub struct Gate {
     pub doorman: Doorman,
     /// Says what they may do.
     pub rules: Rules,
+    /// Upstreams to which clients show their own logins.
+    pub by_login: HashSet<UpstreamId>,
 }
 
 /// Whether the names of cached repositories are told.
@@ -137,6 +144,7 @@ impl Registry {
         Ok(Client {
             address: peer.ip(),
             name: shown,
+            login: None,
         })
     }
 
@@ -148,7 +156,7 @@ impl Registry {
     ) -> Response<Body> {
         let kind = kind(&route.target);
         let Some(name) = name(&route.target) else {
-            return self.nameless(&route, kind, &client).await;
+            return self.nameless((&route, parts), kind, client).await;
         };
         let resolved =
             match self
@@ -159,6 +167,13 @@ impl Registry {
                 Err(unknown) => return refused(failure::of_name(&unknown), kind),
             };
         let upstream = resolved.upstream.clone();
+        let takes_logins = self.gate.by_login.contains(&upstream);
+        let client = Client {
+            login: takes_logins
+                .then(|| self.gate.doorman.login_shown(&parts.headers))
+                .flatten(),
+            ..client
+        };
         let grant = admit(
             &self.gate.rules,
             client,
@@ -203,10 +218,19 @@ impl Registry {
     ///
     /// The ping is where containers/image and Docker learn that they should log in, so it asks for that also where some repositories are
     /// for everyone: they go on without, if they have nothing to show.
-    async fn nameless(&self, route: &Route, kind: &'static str, client: &Client) -> Response<Body> {
+    async fn nameless(
+        &self,
+        (route, parts): (&Route, &Parts),
+        kind: &'static str,
+        client: Client,
+    ) -> Response<Body> {
+        let takes_logins = !self.gate.by_login.is_empty();
         let Target::Catalog { page } = &route.target else {
             if client.name.is_none() && self.gate.rules.door() == Door::Kept {
                 return refused(unauthorized("log in to this cache"), kind);
+            }
+            if takes_logins && !parts.headers.contains_key(AUTHORIZATION) && !gives_up(parts) {
+                return refused(unauthorized("log in with your login at the upstream"), kind);
             }
             return with_outcome(base(), Outcome::none(kind));
         };
@@ -214,7 +238,13 @@ impl Registry {
             let message = "the catalog is not served: see `catalog` in the configuration";
             return refused(Problem::not_found(ErrorCode::Unsupported, message), kind);
         }
-        let whom = (&self.gate.rules, client);
+        let client = Client {
+            login: takes_logins
+                .then(|| self.gate.doorman.login_shown(&parts.headers))
+                .flatten(),
+            ..client
+        };
+        let whom = (&self.gate.rules, &client);
         match listing::catalog(&self.cache, whom, route, page).await {
             Ok(response) => with_outcome(response, Outcome::none(kind)),
             Err(problem) => refused(problem, kind),
@@ -302,6 +332,16 @@ pub fn set(headers: &mut HeaderMap, name: HeaderName, value: &str) {
     if let Ok(value) = HeaderValue::from_str(value) {
         headers.insert(name, value);
     }
+}
+
+/// Docker with an image store of its own gives up a pull when the ping asks for a login that it does not have, also where none is
+/// needed. What is told apart here opens nothing.
+fn gives_up(parts: &Parts) -> bool {
+    let agent = parts
+        .headers
+        .get(USER_AGENT)
+        .and_then(|agent| agent.to_str().ok());
+    agent.is_some_and(|agent| agent.starts_with("docker/"))
 }
 
 fn base() -> Response<Body> {

@@ -19,7 +19,7 @@ use tokio::sync::Semaphore;
 use zeroize::{Zeroize as _, Zeroizing};
 
 use super::problem::{Problem, Status};
-use crate::policy::ClientName;
+use crate::policy::{ClientLogin, ClientName};
 use crate::secret::Secret;
 use crate::tasks::Tasks;
 use crate::watched::{FileError, Watched};
@@ -112,6 +112,25 @@ impl Doorman {
         };
         name.map(Some)
             .ok_or_else(|| unauthorized("wrong user name, password or token"))
+    }
+
+    /// The login that a client shows for an upstream; what cannot be one is none. containers/image shows an empty one when it has none.
+    pub fn login_shown(&self, headers: &HeaderMap) -> Option<ClientLogin> {
+        let mut lines = headers.get_all(AUTHORIZATION).iter();
+        let line = lines.next()?.to_str().ok()?;
+        let Some(Shown::Login { name, password }) = read(line).filter(|_| lines.next().is_none())
+        else {
+            return None;
+        };
+        if name.is_empty() && password.is_empty() {
+            return None;
+        }
+        let parts = [name.as_bytes(), password.expose().as_bytes()];
+        Some(ClientLogin {
+            mark: hashed(&self.key, &parts),
+            username: name,
+            password,
+        })
     }
 
     /// A password may be the client's token too: `docker login` knows no other way to show one.

@@ -1,7 +1,7 @@
 //! Every failure of the floors below, turned into the answer a client gets: one exhaustive match for each.
 //!
 //! Which status matters to clients: containerd retries 503 and never 502; Docker stops on DENIED and prints a hint to log in; a
-//! forwarded 401 would make a client send us its credentials, so there is none.
+//! 401 makes a client send us its credentials, so there is one only where that is wanted.
 
 use std::time::Duration;
 
@@ -59,6 +59,7 @@ pub fn of_cache(error: &CacheError) -> Problem {
             Problem::not_found(code_of(*thing), message)
         }
         CacheError::Denied { .. } | CacheError::NotPublic { .. } => Problem::denied(message),
+        CacheError::LogIn { .. } => doorman::unauthorized(&message),
         CacheError::Upstream(error) => of_upstream(error),
         CacheError::Fill(error) => of_fill(error),
         CacheError::BadManifest {

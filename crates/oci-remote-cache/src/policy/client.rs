@@ -4,14 +4,31 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use oci::Digest;
+
+use crate::secret::Secret;
+
 /// A client, as far as it is known: by the address it connects from, and by the name it has proven. What it claims in
 /// `X-Forwarded-For` or `User-Agent` is not believed.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Client {
     /// Where it connects from.
     pub address: IpAddr,
     /// Who it has shown to be; nobody in particular without a password, token or certificate.
     pub name: Option<ClientName>,
+    /// Its login at the upstream it asks for, where that takes clients' own. Whether it is one, only the upstream can tell.
+    pub login: Option<ClientLogin>,
+}
+
+/// A user name and password that a client showed us for an upstream.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ClientLogin {
+    /// The user.
+    pub username: String,
+    /// The password.
+    pub password: Secret,
+    /// A hash over both that only this process can make.
+    pub mark: Digest,
 }
 
 /// A client's proven name.
@@ -24,6 +41,7 @@ impl Client {
         Self {
             address,
             name: None,
+            login: None,
         }
     }
 }
@@ -37,6 +55,12 @@ impl ClientName {
     /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl fmt::Debug for ClientLogin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ClientLogin(***)")
     }
 }
 

@@ -6,7 +6,7 @@ pub mod client;
 pub mod namespace;
 pub mod rules;
 
-pub use self::client::{Client, ClientName};
+pub use self::client::{Client, ClientLogin, ClientName};
 pub use self::namespace::{Names, Unknown};
 pub use self::rules::{Door, May, Refusal, Rules};
 

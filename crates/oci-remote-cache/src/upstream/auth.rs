@@ -331,7 +331,7 @@ impl<'a> Session<'a> {
         }
         place.note_rate(&reply, &self.credential());
         if reply.status() == 429 {
-            let retry_after = place.close(&reply);
+            let retry_after = place.close(&reply, &self.credential());
             return Err(Fault::RateLimited { retry_after }.into());
         }
         Ok(reply)

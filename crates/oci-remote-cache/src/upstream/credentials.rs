@@ -3,6 +3,8 @@
 //! Credentials go to the registry's own origin (Basic) and to a token endpoint that belongs to the registry or was named by the
 //! operator; anyone else's realm is asked anonymously (CVE-2026-33540: a pull-through cache sent them to any realm). Pure.
 
+use std::sync::Arc;
+
 use url::{Host, Url};
 
 use super::guard::host_text;
@@ -10,7 +12,7 @@ use super::hosts::RealmHost;
 use crate::names::CredentialId;
 use crate::secret::Secret;
 
-/// What an operator configured for an upstream.
+/// What an operator configured for an upstream, or a client showed us for it.
 #[derive(Clone, Debug)]
 pub struct Credentials {
     /// Its name in records.
@@ -29,6 +31,15 @@ pub enum Identity {
     Configured,
     /// In nobody's: what such an answer shows, anyone may see.
     Anonymous,
+    /// In a client's own. Only the upstream's own address sees it, as with what is configured.
+    Client(Arc<Credentials>),
+}
+
+impl Identity {
+    /// Whether it is what the operator configured.
+    pub fn is_configured(&self) -> bool {
+        matches!(self, Self::Configured)
+    }
 }
 
 /// User names by which clients say that the password is a refresh token: docker's and Azure's.

@@ -20,6 +20,7 @@ use zeroize::Zeroizing;
 
 use super::credentials::Credentials;
 use super::error::Fault;
+use super::keyring::covers;
 use crate::names::CredentialId;
 use crate::secret::Secret;
 use crate::tasks::Tasks;
@@ -176,10 +177,7 @@ impl Entry {
     }
 
     fn covers(&self, repository: &str) -> bool {
-        match repository.strip_prefix(self.prefix.as_str()) {
-            Some(rest) => self.prefix.is_empty() || rest.is_empty() || rest.starts_with('/'),
-            None => false,
-        }
+        covers(&self.prefix, repository)
     }
 
     fn id(&self) -> CredentialId {

@@ -43,9 +43,11 @@ pub(super) struct Place {
 impl Place {
     /// What a request may show this place about who it is.
     pub(super) async fn credentials(&self, ask: &Ask) -> Result<Option<Arc<Credentials>>, Failure> {
-        match ask.identity {
+        match ask.identity.clone() {
             Identity::Configured => Ok(self.keyring.credentials(&ask.repository).await?),
-            Identity::Anonymous => Ok(None),
+            // Mirrors see nobody's credentials.
+            Identity::Client(login) if ask.mirror == 0 => Ok(Some(Arc::clone(&login))),
+            Identity::Client(_) | Identity::Anonymous => Ok(None),
         }
     }
 
@@ -63,8 +65,11 @@ impl Place {
             .map_err(|retry_after| Fault::BreakerOpen { retry_after }.into())
     }
 
-    /// Keeps what an answer to `credential` says about the requests left.
+    /// Keeps what an answer to `credential` says about the requests left. Clients' own limits are theirs to know.
     pub(super) fn note_rate(&self, reply: &Reply, credential: &CredentialId) {
+        if credential.is_client() {
+            return;
+        }
         let limit = reply.header("ratelimit-limit");
         if let Some(reading) = Reading::of(limit, reply.header("ratelimit-remaining")) {
             let source = reply.header("docker-ratelimit-source");
@@ -76,9 +81,13 @@ impl Place {
         }
     }
 
-    /// Leaves the place alone after a 429 that says when to come back, perhaps. Returns how long.
-    pub(super) fn close(&self, reply: &Reply) -> Duration {
+    /// Leaves the place alone after a 429 that says when to come back, perhaps. Returns how long. What one client used up with its own
+    /// login keeps nobody else out.
+    pub(super) fn close(&self, reply: &Reply, credential: &CredentialId) -> Duration {
         let wait = self.wire.retry_after(reply).unwrap_or(rate::UNSAID);
+        if credential.is_client() {
+            return wait;
+        }
         self.gate.close(wait, Instant::now());
         let label = UpstreamLabel {
             upstream: self.wire.id.as_str().to_owned(),

@@ -36,6 +36,8 @@ pub struct BlobAsk {
     pub digest: AnyDigest,
     /// Where to ask first: 0 is the upstream's URL, others are its mirrors.
     pub place: usize,
+    /// Whose rights are used.
+    pub identity: Identity,
 }
 
 /// The bytes of a blob, or of a range of it, in order.
@@ -63,7 +65,7 @@ impl BlobAsk {
             range,
             accept: None,
             mirror,
-            identity: Identity::Configured,
+            identity: self.identity.clone(),
         }
     }
 

@@ -67,14 +67,12 @@ impl Bench {
     }
 
     fn robot(&self) -> Settings {
+        let robot = Login {
+            username: "robot".into(),
+            password: Password::Said(Secret::new("hunter2".into())),
+        };
         Settings {
-            keyring: Keyring::of(
-                Login {
-                    username: "robot".into(),
-                    password: Password::Said(Secret::new("hunter2".into())),
-                },
-                Tasks::new(),
-            ),
+            keyring: Keyring::new(vec![(String::new(), robot)], None, Tasks::new()),
             ..self.settings()
         }
     }

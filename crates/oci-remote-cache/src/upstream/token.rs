@@ -20,6 +20,7 @@ use super::error::{Failure, Fault, Refused};
 use super::exchange::{Call, Reply, Whole, Wire};
 use super::redirect::{Origin, Trail};
 use super::retry::{Decision, Tries};
+use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::CredentialId;
 use crate::secret::Secret;
@@ -306,7 +307,7 @@ async fn fetch(wanted: &Wanted, serial: u64, wire: &Wire, door: &Door) -> Result
     if let Whole::No(why) = whole {
         return Err(failed(&format!("{why}, its answer")));
     }
-    let (text, usable) = parse(&body).map_err(failed)?;
+    let (text, usable) = parse(&body, wire.clock.now()).map_err(failed)?;
     Ok(Fresh {
         token: Token {
             text,
@@ -381,7 +382,7 @@ fn as_token_fault(failure: Failure) -> Failure {
 }
 
 /// The token in an endpoint's answer and how long it may be used. `token` wins over `access_token`.
-fn parse(body: &[u8]) -> Result<(Secret, Option<Duration>), &'static str> {
+fn parse(body: &[u8], now: Timestamp) -> Result<(Secret, Option<Duration>), &'static str> {
     let answer: serde_json::Value =
         serde_json::from_slice(body).map_err(|_invalid| "its answer is no JSON")?;
     let text = |field: &str| {
@@ -394,12 +395,16 @@ fn parse(body: &[u8]) -> Result<(Secret, Option<Duration>), &'static str> {
     if !token.chars().all(|c| c.is_ascii_graphic()) {
         return Err("its token holds characters that no header may carry");
     }
-    let usable = usable(answer.get("expires_in"));
+    let issued_at = answer.get("issued_at").and_then(|at| at.as_str());
+    let issued_at = issued_at.and_then(Timestamp::parse_rfc3339);
+    let age = issued_at.map_or(Duration::ZERO, |issued_at| issued_at.age(now));
+    let usable = usable(answer.get("expires_in"), age);
     Ok((Secret::new(token.to_owned()), usable))
 }
 
-/// How long a token may be used by its `expires_in`: nine tenths of its life, which the clock starts on receipt.
-fn usable(expires_in: Option<&serde_json::Value>) -> Option<Duration> {
+/// How long a token may be used by its `expires_in`: nine tenths of its life, which the clock starts on receipt. `age` is what its
+/// `issued_at` says has passed of it by then; clocks differ, so that may only shorten it.
+fn usable(expires_in: Option<&serde_json::Value>, age: Duration) -> Option<Duration> {
     use serde_json::Value;
     let seconds = match expires_in {
         None | Some(Value::Null) => UNSAID.as_secs(),
@@ -407,21 +412,21 @@ fn usable(expires_in: Option<&serde_json::Value>) -> Option<Duration> {
         Some(Value::String(text)) => text.trim().parse().ok()?,
         Some(_) => return None,
     };
-    let life = Duration::from_secs(seconds).min(LONGEST);
+    let life = Duration::from_secs(seconds)
+        .saturating_sub(age)
+        .min(LONGEST);
     (!life.is_zero()).then(|| life * 9 / 10)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use serde_json::json;
 
-    use super::{parse, usable};
+    use super::*;
 
     #[test]
     fn lifetimes() {
-        let missing = usable(None);
+        let missing = usable(None, Duration::ZERO);
         assert_eq!(missing, Some(Duration::from_secs(54)));
         for (value, seconds) in [
             (json!(300), Some(270)),
@@ -436,9 +441,94 @@ mod tests {
             (json!([300]), None),
             (json!(true), None),
         ] {
-            let read = usable(Some(&value)).map(|life| life.as_secs());
+            let read = usable(Some(&value), Duration::ZERO).map(|life| life.as_secs());
             assert_eq!(read, seconds, "{value}");
         }
+    }
+
+    #[test]
+    fn when_a_token_was_issued_may_only_shorten_its_life() {
+        let now = Timestamp::parse_rfc3339("2026-08-21T12:00:00Z").unwrap();
+        for (issued_at, seconds) in [
+            ("2026-08-21T12:00:00Z", Some(270)),
+            ("2026-08-21T11:58:20Z", Some(180)),
+            ("2026-08-21T13:58:20.123456+02:00", Some(180)),
+            // A clock that is ahead of ours.
+            ("2026-08-21T12:30:00Z", Some(270)),
+            // Over before it came: good for the request at hand.
+            ("2026-08-21T11:55:00Z", None),
+            ("2026-08-20T12:00:00Z", None),
+            // What Go writes when nobody set it, and what is no time.
+            ("0001-01-01T00:00:00Z", Some(270)),
+            ("yesterday", Some(270)),
+        ] {
+            let body = json!({ "token": "t", "expires_in": 300, "issued_at": issued_at });
+            let (_, usable) = parse(body.to_string().as_bytes(), now).unwrap();
+            assert_eq!(usable.map(|life| life.as_secs()), seconds, "{issued_at}");
+        }
+    }
+
+    fn wanted(realm: &str, service: Option<&str>, scopes: &[&str], user: Option<&str>) -> Wanted {
+        Wanted {
+            realm: realm.parse().unwrap(),
+            service: service.map(str::to_owned),
+            scopes: scopes.iter().map(|&scope| scope.to_owned()).collect(),
+            credentials: user.map(|user| {
+                Arc::new(Credentials {
+                    id: CredentialId::configured(user),
+                    username: user.to_owned(),
+                    password: Secret::new("hunter2".to_owned()),
+                })
+            }),
+        }
+    }
+
+    #[test]
+    fn a_token_is_kept_for_one_credential_realm_service_and_set_of_scopes() {
+        let key = |wanted: Wanted| Key::of(&wanted);
+        let (realm, scopes) = ("https://auth.example/token", ["a:pull", "b:pull"]);
+        let usual = key(wanted(realm, Some("s"), &scopes, Some("alice")));
+        let turned = key(wanted(
+            realm,
+            Some("s"),
+            &["b:pull", "a:pull"],
+            Some("alice"),
+        ));
+        assert_eq!(usual, turned, "the order of scopes says nothing");
+        for other in [
+            wanted("https://auth.example/v2", Some("s"), &scopes, Some("alice")),
+            wanted(realm, Some("t"), &scopes, Some("alice")),
+            wanted(realm, None, &scopes, Some("alice")),
+            wanted(realm, Some("s"), &["a:pull"], Some("alice")),
+            wanted(realm, Some("s"), &scopes, Some("bob")),
+            wanted(realm, Some("s"), &scopes, None),
+        ] {
+            assert_ne!(usual, key(other.clone()), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_asked_for_with_the_wanted_scope_first() {
+        let asked = wanted(
+            "https://auth.example/token?x=y",
+            Some("s"),
+            &["b:pull", "a:pull"],
+            Some("alice"),
+        );
+        let call = asked.get_call();
+        let query: Vec<(String, String)> = call.url.query_pairs().into_owned().collect();
+        let wanted = [
+            ("x", "y"),
+            ("service", "s"),
+            ("scope", "b:pull"),
+            ("scope", "a:pull"),
+            ("client_id", "oci-remote-cache"),
+            ("account", "alice"),
+        ];
+        let wanted = wanted.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(query, wanted);
+        assert!(!call.url.as_str().contains("hunter2") && call.authorization.is_some());
+        assert!(asked.post_call().is_none(), "a password is not posted");
     }
 
     #[test]
@@ -455,7 +545,7 @@ mod tests {
             ("{}", Err(())),
             ("<html>", Err(())),
         ] {
-            let read = parse(body.as_bytes());
+            let read = parse(body.as_bytes(), Timestamp::default());
             let read = read
                 .as_ref()
                 .map(|(text, _)| text.expose())

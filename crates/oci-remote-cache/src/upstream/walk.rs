@@ -106,7 +106,7 @@ async fn walk(place: &Place, ask: &Ask, deadline: Deadline) -> Result<Arrived, F
         } else {
             Asked::AsIs
         },
-        credential: session.credential(),
+        credential: session.credential().recorded(),
         refused: session.refused(),
         reply,
     })

@@ -234,3 +234,41 @@ async fn the_variable_holds_logins_and_an_open_cache_shows_only_what_is_public()
     assert_refused(&open.manifest("up", REPO, "v1").await, &[403]);
     open.check_invariants().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_longest_configured_prefix_decides_who_asks() {
+    let (desk, registry) = (Desk::new(), Registry::start().await);
+    let tokens = TokenServer::at(&registry);
+    tokens.add_user("acme", "acme-secret");
+    tokens.add_user("rest", "rest-secret");
+    registry.require(ByRepository(
+        Bearer::of(&tokens).identity("acme"),
+        Bearer::of(&tokens).identity("rest"),
+    ));
+    let ours = registry.put_image(&ImageSpec::new("acme/app", "v1").seed("ours"));
+    let others = registry.put_image(&ImageSpec::new("acmes/app", "v1").seed("others"));
+    desk.write("p", "acme-secret\n");
+    let some = format!(
+        "credentials_for = [{{ repositories = \"acme\", username = \"acme\", password = {{ file = {:?} }} }}]",
+        desk.path("p")
+    );
+    let upstream = Upstream::new("up", registry.url())
+        .credentials("rest", "rest-secret")
+        .line(&some)
+        .tag_ttl("0s");
+    let cache = cache()
+        .upstream(upstream)
+        .secret("acme-secret")
+        .trace()
+        .start()
+        .await;
+    cache.pull("up", &ours).await;
+    cache.pull("up", &others).await;
+    // Its file is read again when it changes, as with any other.
+    tokens.add_user("acme", "acme-rotated");
+    tokens.revoke_all();
+    desk.write("p", "acme-rotated\n");
+    sleep(A_LOOK).await;
+    cache.pull("up", &ours).await;
+    cache.check_invariants().await;
+}

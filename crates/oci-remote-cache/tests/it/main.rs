@@ -6,6 +6,8 @@
 #[cfg(test)]
 mod archive;
 #[cfg(test)]
+mod by_login;
+#[cfg(test)]
 mod cli;
 #[cfg(test)]
 mod clients;

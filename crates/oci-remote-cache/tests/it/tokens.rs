@@ -1,13 +1,16 @@
 //! The token endpoint's rarer ways: refresh tokens by POST, scopes that were too small, answers that are no token.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::json;
+use testbed::cache::blob_path;
 use testbed::token::ANONYMOUS;
 use testbed::{
-    Bearer, CacheProcess, Exchange, Handler, Image, ImageSpec, Kind, Matcher, Registry,
-    TokenServer, Upstream, assert_good, faults,
+    Basic, Bearer, CacheProcess, Content, Exchange, Handler, Image, ImageSpec, Kind, Matcher,
+    Registry, Request, ServeOptions, TokenServer, Upstream, assert_good, faults,
 };
+use tokio::time::Instant;
 
 use crate::stage::{REPO, assert_holds_nothing, assert_refused, up_as};
 
@@ -147,4 +150,151 @@ async fn answers_that_are_no_token_are_an_outage() {
         assert_holds_nothing(&cache).await;
         cache.check_invariants().await;
     }
+}
+
+/// The failure is shared by all who wait and by those who come within a second, and then it is asked again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failed_fetch_is_shared_for_a_moment_only() {
+    let (registry, cache) = up_as(|upstream| upstream.negative_ttl("0s")).await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let tokens = TokenServer::at(&registry);
+    registry.require(Bearer::of(&tokens));
+    let fails = Handler::new(move |mut exchange: Exchange| async move {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        exchange.error(403, "DENIED", &[]).await;
+    });
+    registry.script(Kind::Token, fails);
+    let digests = (0..20).map(|n| Content::blob(64 + n, "nobody has it").digest);
+    let storm: Vec<Request> = digests
+        .map(|digest| Request::get(&blob_path("up", REPO, digest)))
+        .collect();
+    let began = Instant::now();
+    for answer in testbed::client::storm(cache.port(), storm).await {
+        assert_refused(&answer, &[403]);
+    }
+    assert_eq!(registry.count(Kind::Token), 1, "one fetch for all who ask");
+    assert!(began.elapsed() < Duration::from_secs(1), "too slow to tell");
+    registry.clear_scripts();
+    tokio::time::sleep(Duration::from_millis(1300)).await;
+    assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+    assert_eq!(registry.count(Kind::Token), 2);
+    cache.check_invariants().await;
+}
+
+/// Push was asked for because the challenge named it; that only pull is granted is enough to pull.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_for_less_than_was_asked_is_tried() {
+    let (registry, cache) = up_as(|upstream| upstream).await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let tokens = TokenServer::at(&registry);
+    registry.require(Bearer::of(&tokens).actions("pull,push,delete"));
+    tokens.set_shape(|token| json!({ "access_token": token, "scope": "repository:lib/app:pull" }));
+    cache.pull("up", &image).await;
+    let asked = tokens.token_requests();
+    assert_eq!(asked.len(), 1, "it is used for what follows too");
+    assert_eq!(
+        asked[0].parameters("scope"),
+        ["repository:lib/app:pull,push,delete"]
+    );
+    cache.check_invariants().await;
+}
+
+/// A token that grants nothing is tried as well, once: the registry has the last word, and that is final.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_for_nothing_is_tried_once() {
+    let (registry, cache) = up_as(|upstream| upstream).await;
+    registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let tokens = TokenServer::at(&registry);
+    registry.require(Bearer::of(&tokens).identity("somebody-else"));
+    assert_refused(&cache.manifest("up", REPO, "v1").await, &[403]);
+    assert_eq!((tokens.asked(), registry.count(Kind::Manifest)), (1, 2));
+    cache.check_invariants().await;
+}
+
+/// A storm that holds a dead token drops it once, and gets one new one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_token_is_replaced_once_for_all() {
+    let (registry, cache) = up_as(|upstream| upstream).await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1").layers(&[1000; 9]));
+    let tokens = TokenServer::at(&registry);
+    registry.require(Bearer::of(&tokens));
+    assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+    tokens.revoke_all();
+    let storm = image
+        .layers
+        .iter()
+        .map(|layer| Request::get(&blob_path("up", REPO, layer.digest)).compare(&layer.data));
+    for answer in testbed::client::storm(cache.port(), storm.collect()).await {
+        assert!(answer.is_right(), "{answer}");
+    }
+    assert_eq!(tokens.asked(), 2);
+    cache.check_invariants().await;
+}
+
+/// A 403 that does not speak of the scope is the last word.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plain_403_is_final() {
+    let (registry, cache) = up_as(|upstream| upstream).await;
+    registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let tokens = TokenServer::at(&registry);
+    registry.require(Bearer::of(&tokens));
+    registry.script(Matcher::manifests().once(), faults::usual());
+    let plain = format!(
+        "Bearer realm=\"{}\",error=\"invalid_token\"",
+        tokens.realm()
+    );
+    let refusal = faults::status(403, &[("WWW-Authenticate", plain.as_str())], "");
+    registry.script(Matcher::manifests(), refusal);
+    assert_refused(&cache.manifest("up", REPO, "v1").await, &[403]);
+    assert_eq!((tokens.asked(), registry.count(Kind::Manifest)), (1, 2));
+    cache.check_invariants().await;
+}
+
+/// A challenge for a password that we do not have is not answered, and not with an empty one either.
+#[tokio::test(flavor = "multi_thread")]
+async fn basic_is_sent_only_where_it_is_configured() {
+    let (registry, cache) = up_as(|upstream| upstream).await;
+    registry.put_image(&ImageSpec::new(REPO, "v1"));
+    registry.require(Basic::of("robot", "sesame"));
+    assert_refused(&cache.manifest("up", REPO, "v1").await, &[403]);
+    assert_eq!(registry.count(Kind::Manifest), 1);
+    let shown = |entry: &testbed::Entry| entry.header("authorization").is_some();
+    assert!(!registry.log().iter().any(shown));
+    cache.check_invariants().await;
+}
+
+/// A token that was issued long ago, by an endpoint's own cache say, is used for the request at hand and not kept.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_was_issued_long_ago_is_not_kept() {
+    for (issued_at, asked) in [("2020-01-01T00:00:00Z", 3), ("2999-01-01T00:00:00Z", 1)] {
+        let (registry, cache) = up_as(|upstream| upstream).await;
+        let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+        let tokens = TokenServer::at(&registry);
+        registry.require(Bearer::of(&tokens));
+        tokens.set_shape(move |token| json!({ "token": token, "issued_at": issued_at }));
+        cache.pull("up", &image).await;
+        assert_eq!(tokens.asked(), asked, "{issued_at}");
+        cache.check_invariants().await;
+    }
+}
+
+/// A token that dies while a body comes stops nothing; what is left of a broken one is asked for with a new token.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_body_goes_on_with_a_new_token() {
+    let (registry, cache) = up_as(|upstream| upstream).await;
+    let blob = Content::blob(300_000, "broken midway");
+    registry.put_image(&ImageSpec::new(REPO, "v1"));
+    registry.put_blob(REPO, &blob);
+    let tokens = TokenServer::at(&registry);
+    registry.require(Bearer::of(&tokens));
+    assert_eq!(cache.manifest("up", REPO, "v1").await.status, 200);
+    tokens.revoke_all();
+    // It is given without a look at the token, as if that had been alive at the start.
+    let breaks = faults::serve(&blob, ServeOptions::new().reset_at(100_000));
+    registry.script(Matcher::blobs().method("GET").once(), breaks);
+    let whole = Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data);
+    let whole = cache.send(whole).await;
+    assert!(whole.is_right(), "{whole}");
+    assert_eq!((tokens.asked(), tokens.dead_tokens_seen()), (2, 1));
+    cache.check_invariants().await;
 }

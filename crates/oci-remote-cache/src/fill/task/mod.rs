@@ -117,7 +117,9 @@ fn fail(fill: &Fill, fills: &Fills, error: FillError) -> &'static str {
     if matches!(error, FillError::Mismatch { .. }) {
         fills.avoid(fill);
     }
-    if matches!(error, FillError::Pieces(_)) {
+    // Whom the upstream refused was one client, by its own login: the next one to ask has another.
+    let personal = is_refusal(&error) && !fill.ask.identity.is_configured();
+    if personal || matches!(error, FillError::Pieces(_)) {
         fills.leave(fill);
     } else {
         fills.leave_failed(fill, error.clone());

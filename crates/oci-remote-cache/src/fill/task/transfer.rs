@@ -302,7 +302,9 @@ impl Transfer {
         if self.fetches.is_empty() {
             let worth = self.spool.total() > 0 && self.size.is_some_and(|size| size > SMALL);
             let spool = Arc::clone(&self.spool);
-            if worth && error.is_outage() {
+            // What one client's login no longer opens, the next reader's may.
+            let personal = !self.fill.ask.identity.is_configured();
+            if worth && (personal || error.is_outage()) {
                 return Flow::End(Outcome::Broken(error.into(), spool));
             }
             return Flow::End(Outcome::Failed(error.into(), Some(spool)));

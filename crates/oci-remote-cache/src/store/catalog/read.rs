@@ -90,7 +90,7 @@ impl Catalog {
         self.read(|db| {
             let mut statement = db.prepare_cached(select)?;
             let found: Option<String> = statement.query_row(values, |row| row.get(0))?;
-            Ok(found.map(|text| credential(&text)))
+            Ok(found.map(|text| CredentialId::from_record(&text)))
         })
     }
 
@@ -145,7 +145,7 @@ impl Catalog {
         self.read(|db| {
             list(db, select, |row| {
                 let text: String = row.get(2)?;
-                Ok((source_of(row)?, credential(&text)))
+                Ok((source_of(row)?, CredentialId::from_record(&text)))
             })
         })
     }
@@ -207,7 +207,7 @@ pub(super) fn membership(
         .prepare_cached(select)?
         .query_row(values, |row| row.get(0))
         .optional()?;
-    Ok(found.map(|text| credential(&text)))
+    Ok(found.map(|text| CredentialId::from_record(&text)))
 }
 
 /// Every repository that is suspended for a credential.
@@ -216,7 +216,7 @@ pub(super) fn suspended(db: &Connection) -> rusqlite::Result<HashSet<(Source, Cr
         FROM suspended x JOIN sources s ON s.id = x.source";
     let rows = list(db, select, |row| {
         let text: String = row.get(2)?;
-        Ok((source_of(row)?, credential(&text)))
+        Ok((source_of(row)?, CredentialId::from_record(&text)))
     })?;
     Ok(rows.into_iter().collect())
 }
@@ -303,7 +303,7 @@ fn holding_of(row: &Row<'_>) -> rusqlite::Result<Holding> {
         source: source_of(row)?,
         digest: digest_of(row, 2)?,
         kind,
-        credential: credential(&credential_text),
+        credential: CredentialId::from_record(&credential_text),
         proof,
     };
     let size: Option<i64> = row.get(6)?;
@@ -356,13 +356,6 @@ fn unsigned(row: &Row<'_>, column: usize) -> rusqlite::Result<u64> {
 }
 
 /// Text that is neither empty nor ours becomes a credential that nobody has, not one that everybody has.
-fn credential(text: &str) -> CredentialId {
-    if text.is_empty() {
-        return CredentialId::anonymous();
-    }
-    CredentialId::configured(text.strip_prefix("user:").unwrap_or(text))
-}
-
 fn unreadable(column: usize, error: impl Into<Box<dyn Error + Send + Sync>>) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(column, Type::Blob, error.into())
 }

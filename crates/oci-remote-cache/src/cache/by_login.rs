@@ -1,0 +1,171 @@
+//! Upstreams whose clients show their own logins: each is let in to what its login, or nobody's, was shown to open lately.
+//!
+//! A repository is first asked for without any login: what anyone may pull needs none, and none is shown to an upstream that did not
+//! refuse. A proof is for one login and one repository and ends after the time that the operator allows; a refusal ends it at once. An
+//! upstream that gives no answer lets nobody in whose proof is over, for it may have been revoked.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Cache;
+use super::access::{denies, no_answer};
+use super::error::CacheError;
+use super::proofs::Denial;
+use super::visit::Visit;
+use crate::deadline::Deadline;
+use crate::names::{CredentialId, Source};
+use crate::policy::{Client, ClientLogin, Grant};
+use crate::upstream::{Credentials, Fault, Identity, Refused, Resource, UpstreamError};
+
+impl Cache {
+    pub(super) async fn enter_by_login(
+        &self,
+        grant: &Grant,
+        resource: Resource,
+        (ttl, deadline): (Duration, Deadline),
+    ) -> Result<Visit, CacheError> {
+        let nobody = Visit::new(grant, Identity::Anonymous);
+        let proofs = &self.inner.proofs;
+        if proofs.is_open(&nobody.visitor()) {
+            return Ok(nobody);
+        }
+        let login = grant.client().login.as_ref();
+        let own = login.map(|login| Visit::new(grant, Identity::Client(credentials(login))));
+        let proven = own.as_ref().filter(|own| proofs.is_open(&own.visitor()));
+        if let Some(own) = proven {
+            return Ok(own.clone());
+        }
+        let refused_for = self.origin(&nobody)?.rules.negative_ttl;
+        // To one who has a login it makes no difference that strangers may have been let in meanwhile.
+        let believed = own.as_ref().map_or(refused_for, |_| ttl);
+        if proofs.denial(&nobody.visitor(), believed).is_none() {
+            let question = (resource.clone(), ttl, deadline);
+            match self.show(&nobody, question).await {
+                Ok(()) => return Ok(nobody),
+                // Registries hide from strangers that a repository is there.
+                Err(
+                    CacheError::LogIn { .. }
+                    | CacheError::Denied { .. }
+                    | CacheError::Unknown { .. },
+                ) if own.is_some() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let Some(own) = own else {
+            return Err(denied(&nobody, Denial::Login));
+        };
+        if let Some(denial) = proofs.denial(&own.visitor(), refused_for) {
+            return Err(denied(&own, denial));
+        }
+        self.show(&own, (resource, ttl, deadline)).await?;
+        Ok(own)
+    }
+
+    /// Has the upstream say whether it lets this visit in; those who ask meanwhile share the answer.
+    async fn show(
+        &self,
+        visit: &Visit,
+        (resource, ttl, deadline): (Resource, Duration, Deadline),
+    ) -> Result<(), CacheError> {
+        let (cache, from, what) = (self.clone(), visit.clone(), resource.clone());
+        let errand = self
+            .inner
+            .proofs
+            .questions
+            .run((visit.visitor(), resource), move || async move {
+                Box::pin(cache.ask_at_the_door(&from, &what, ttl)).await
+            });
+        let landed = deadline
+            .run(errand)
+            .await
+            .map_err(|_late| CacheError::Late)?;
+        landed.map_err(|_lost| CacheError::Stopping)?.0
+    }
+
+    async fn ask_at_the_door(
+        &self,
+        visit: &Visit,
+        resource: &Resource,
+        ttl: Duration,
+    ) -> Result<(), CacheError> {
+        let proofs = &self.inner.proofs;
+        let Some(turns) = proofs.turns(&visit.upstream) else {
+            return Err(CacheError::Stopping);
+        };
+        let turn = Deadline::for_answer().run(turns.acquire_owned()).await;
+        let _turn = turn.map_err(|_late| CacheError::Late)?;
+        // Others may have had an answer while this question waited.
+        let visitor = visit.visitor();
+        if proofs.is_open(&visitor) {
+            return Ok(());
+        }
+        if let Some(denial) = proofs.denial(&visitor, Duration::ZERO) {
+            return Err(denied(visit, denial));
+        }
+        let asked = self.knock(visit, resource).await;
+        match asked {
+            Ok(()) => {
+                proofs.prove(visitor, ttl);
+                Ok(())
+            }
+            Err(error) if denies(&error) => Err(self.deny(visit, refused(&error))),
+            Err(error) => Err(no_answer(visit, resource, error)),
+        }
+    }
+
+    /// The upstream refuses a visit: its proof is over, and nobody else's.
+    pub(super) fn deny(&self, visit: &Visit, refused: Option<Refused>) -> CacheError {
+        let denial = match (&visit.identity, refused) {
+            (Identity::Client(_), Some(Refused::Rights | Refused::Anonymous) | None) => {
+                Denial::Rights
+            }
+            (_, Some(Refused::Login)) | (Identity::Anonymous | Identity::Configured, _) => {
+                Denial::Login
+            }
+        };
+        let proofs = &self.inner.proofs;
+        if proofs.is_open(&visit.visitor()) {
+            tracing::info!(source = %visit.source, "what was open to a client is refused to it now");
+        }
+        proofs.refuse(visit.visitor(), denial);
+        denied(visit, denial)
+    }
+
+    /// Whether the repository was shown to be open to this client, or to anyone. Nobody is asked.
+    pub(super) fn is_proven(&self, source: &Source, client: &Client) -> bool {
+        let mut names = vec![CredentialId::anonymous()];
+        names.extend(client.login.as_ref().map(id));
+        let proofs = &self.inner.proofs;
+        names
+            .into_iter()
+            .any(|name| proofs.is_open(&(source.clone(), name)))
+    }
+}
+
+fn credentials(login: &ClientLogin) -> Arc<Credentials> {
+    Arc::new(Credentials {
+        id: id(login),
+        username: login.username.clone(),
+        password: login.password.clone(),
+    })
+}
+
+fn id(login: &ClientLogin) -> CredentialId {
+    CredentialId::client(&login.mark)
+}
+
+fn denied(visit: &Visit, denial: Denial) -> CacheError {
+    let source_ = visit.source.clone();
+    match denial {
+        Denial::Login => CacheError::LogIn { source_ },
+        Denial::Rights => CacheError::Denied { source_ },
+    }
+}
+
+fn refused(error: &UpstreamError) -> Option<Refused> {
+    if let Fault::Denied { refused, .. } = error.fault() {
+        Some(*refused)
+    } else {
+        None
+    }
+}

@@ -1,0 +1,51 @@
+//! One who was let in to one repository, and in whose name the upstream is asked for it. Only [`super::access`] makes one.
+
+use std::ops::Deref;
+
+use crate::names::{CredentialId, Source};
+use crate::policy::{Grant, May};
+use crate::upstream::Identity;
+
+/// A repository, and whose rights its upstream is asked with.
+#[derive(Clone, Debug)]
+pub(super) struct Visit {
+    pub(super) source: Source,
+    pub(super) identity: Identity,
+    pub(super) may: May,
+}
+
+/// What is remembered of one identity's dealings with a repository is found by this. What the operator configured, and nobody, have no
+/// name here: no upstream is asked with both.
+pub(super) type Visitor = (Source, CredentialId);
+
+impl Visit {
+    pub(super) fn new(grant: &Grant, identity: Identity) -> Self {
+        Self {
+            source: grant.source().clone(),
+            identity,
+            may: grant.may(),
+        }
+    }
+
+    /// Who this is, without what only the upstream may see.
+    pub(super) fn visitor(&self) -> Visitor {
+        let credential = match &self.identity {
+            Identity::Client(login) => login.id.clone(),
+            Identity::Configured | Identity::Anonymous => CredentialId::anonymous(),
+        };
+        (self.source.clone(), credential)
+    }
+
+    /// Whether the rights are this client's own (or nobody's), and not all clients'.
+    pub(super) fn is_personal(&self) -> bool {
+        !self.identity.is_configured()
+    }
+}
+
+impl Deref for Visit {
+    type Target = Source;
+
+    fn deref(&self) -> &Source {
+        &self.source
+    }
+}
