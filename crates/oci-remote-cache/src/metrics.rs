@@ -76,6 +76,15 @@ pub struct WhyLabel {
     pub why: &'static str,
 }
 
+/// What one address may have only so much of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limited {
+    /// Connections at once.
+    Connections,
+    /// Requests in a second.
+    Requests,
+}
+
 /// How a fill ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct OutcomeLabel {
@@ -123,6 +132,8 @@ pub struct Metrics {
     pub stored_blobs: Gauge,
     /// Blobs evicted to keep `cache.max_size`.
     pub evicted: Counter,
+    /// What clients were refused because their address had its share.
+    pub limited: Family<WhyLabel, Counter>,
     /// Client connections open.
     pub connections: Gauge,
     /// Descriptors of the process that may be used for connections.
@@ -173,6 +184,11 @@ impl Metrics {
             ),
             stored_blobs: gauge(r, "stored_blobs", "Blobs stored"),
             evicted: counter(r, "evicted", "Blobs evicted to keep the size limit"),
+            limited: counter(
+                r,
+                "limited",
+                "Requests and connections refused because an address had its share",
+            ),
             connections: gauge(r, "connections", "Client connections open"),
             max_connections: gauge(r, "connections_limit", "Client connections allowed"),
             registry: Arc::new(registry),
@@ -185,6 +201,15 @@ impl Metrics {
         // Writing to a String cannot fail.
         text::encode(&mut out, &self.registry).ok();
         out
+    }
+
+    /// Counts what an address did not get.
+    pub fn limited(&self, what: Limited) {
+        let why = match what {
+            Limited::Connections => "connections",
+            Limited::Requests => "requests",
+        };
+        self.limited.get_or_create(&WhyLabel { why }).inc();
     }
 
     /// Counts an answer that was stale or passed through.

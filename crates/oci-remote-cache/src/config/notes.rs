@@ -12,12 +12,13 @@ use url::Host;
 use super::error::Origin;
 use super::keys::{KeyPath, keys};
 use super::settings::Settings;
-use super::value::{SecretSource, Typed as _};
+use super::value::{SecretSource, Typed as _, Value};
 use super::{Config, Serve, UpstreamConfig};
+use crate::secret::Secret;
 
 /// What is noteworthy, one line each.
 pub fn notes(config: &Config, settings: &Settings) -> Vec<String> {
-    let about = [max_blob(config), nothing_default(config)];
+    let about = [max_blob(config), nothing_default(config), ignored(config)];
     let mut notes: Vec<String> = about.into_iter().flatten().collect();
     for upstream in &config.upstreams {
         let key = &upstream.key;
@@ -111,10 +112,27 @@ fn open_secrets(settings: &Settings) -> Vec<String> {
         .collect()
 }
 
+/// A proxy that wants no password is no secret.
+fn is_open(value: &Value, text: &Secret) -> bool {
+    matches!(value, Value::Proxy(_)) && !text.expose().contains('@')
+}
+
+/// Operators expect other programs' variables to count; here only what is configured does.
+fn ignored(config: &Config) -> Option<String> {
+    let names = config.ignored.join(", ");
+    (!names.is_empty()
+        && config
+            .upstreams
+            .iter()
+            .all(|upstream| upstream.proxy.is_none()))
+    .then(|| format!("proxy: is not set, and {names} in the environment count for nothing"))
+}
+
 fn open_secret(settings: &Settings, path: &KeyPath) -> Option<String> {
     let setting = settings.get(path)?;
     let source = SecretSource::of(&setting.value)?;
     let (file, holder) = match (source, &setting.origin) {
+        (SecretSource::Text(text), _) if is_open(&setting.value, text) => return None,
         (SecretSource::Text(_), Origin::File { file, .. }) => (Path::new(&**file), "is written in"),
         (SecretSource::File(file), _) => (file.as_path(), "is read from"),
         _ => return None,

@@ -16,6 +16,7 @@ use super::tags::{self, TagRule};
 use super::units::{duration_text, parse_duration, parse_size, size_text};
 use crate::policy::rules::Rule;
 use crate::secret::Secret;
+use crate::upstream::Proxy;
 
 /// A value as a source wrote it.
 #[derive(Clone)]
@@ -59,6 +60,8 @@ pub(super) enum Value {
     Texts(Vec<String>),
     /// Where a secret is.
     Secret(SecretSource),
+    /// A proxy, or where its URL is.
+    Proxy(SecretSource),
     /// How long tags of some patterns last.
     TagRules(Vec<TagRule>),
 }
@@ -106,6 +109,7 @@ impl Written {
             | Kind::Url
             | Kind::Username
             | Kind::Secret
+            | Kind::Proxy
             | Kind::Choice(_) => {}
         }
         // What does not read as a flag or number is left as text, which its key then refuses.
@@ -175,6 +179,7 @@ impl Value {
             Kind::Rules => written.items(read_rule).map(Self::Texts),
             Kind::Username => read_username(written.text("a string")?).map(Self::Text),
             Kind::Secret => read_secret(written).map(Self::Secret),
+            Kind::Proxy => read_proxy(written).map(Self::Proxy),
             Kind::TagRules => tags::read(written).map(Self::TagRules),
             Kind::Choice(words) => read_choice(words, written.text("a string")?),
         }
@@ -193,7 +198,8 @@ impl Value {
             Self::Url(url) => quoted(url_text(url)),
             Self::Urls(urls) => array(urls.iter().map(url_text)),
             Self::Texts(texts) => array(texts.iter()),
-            Self::Secret(_) => quoted("***"),
+            Self::Proxy(SecretSource::Text(text)) => quoted(&proxy_text(text.expose())),
+            Self::Secret(_) | Self::Proxy(_) => quoted("***"),
             Self::TagRules(rules) => tags::literal(rules),
         }
     }
@@ -220,9 +226,21 @@ typed!(
     Url Url,
     Urls Vec<Url>,
     Texts Vec<String>,
-    Secret SecretSource,
     TagRules Vec<TagRule>,
 );
+
+impl Typed for SecretSource {
+    fn of(value: &Value) -> Option<&Self> {
+        if let Value::Secret(source) | Value::Proxy(source) = value {
+            Some(source)
+        } else {
+            None
+        }
+    }
+}
+
+/// What a proxy's key says to do without one.
+pub(super) const NO_PROXY: &str = "none";
 
 const A_DURATION: &str = "a string like \"1m\"";
 const A_SECRET: &str = "a string, { file = \"…\" } or { env = \"…\" }";
@@ -318,6 +336,25 @@ fn read_secret(written: &Written) -> Result<SecretSource, String> {
         Written::Integer(_) | Written::Flag(_) | Written::List(_) | Written::Other(_) => {
             Err(written.unlike(A_SECRET))
         }
+    }
+}
+
+fn read_proxy(written: &Written) -> Result<SecretSource, String> {
+    let source = read_secret(written)?;
+    match &source {
+        SecretSource::Text(text) if text.expose() != NO_PROXY => {
+            let parsed = text.expose().parse::<Proxy>();
+            parsed.map_err(|error| error.to_string()).map(|_| source)
+        }
+        SecretSource::Text(_) | SecretSource::File(_) | SecretSource::Variable(_) => Ok(source),
+    }
+}
+
+/// A proxy without its login.
+fn proxy_text(text: &str) -> String {
+    match text.parse::<Proxy>() {
+        Ok(proxy) => proxy.masked(),
+        Err(_none) => NO_PROXY.to_owned(),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use hyper::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use hyper::http::request::Parts;
@@ -11,12 +12,14 @@ use oci::{ErrorCode, NamePath, Route, Target};
 use super::body::Body;
 use super::doorman::{Certified, Doorman, unauthorized};
 use super::failure;
+use super::fair::Pace;
 use super::listen::Handler;
 use super::observe::Outcome;
 use super::problem::Problem;
 use super::{blob, listing, manifest};
 use crate::cache::Cache;
 use crate::deadline::Deadline;
+use crate::metrics::{Limited, Metrics};
 use crate::policy::{Client, Door, Grant, Names, Rules, admit};
 use crate::verdict::{Assurance, Verdict};
 
@@ -48,6 +51,10 @@ pub struct Gate {
     pub doorman: Doorman,
     /// Says what they may do.
     pub rules: Rules,
+    /// Says how many requests they may make.
+    pub pace: Option<Pace>,
+    /// Where it is counted that they made more.
+    pub metrics: Metrics,
 }
 
 /// Whether the names of cached repositories are told.
@@ -81,6 +88,20 @@ pub struct Answer {
     pub assurance: Assurance,
 }
 
+impl Gate {
+    /// Counts a request, and refuses it where its address has made too many.
+    fn enter(&self, peer: SocketAddr) -> Result<(), Problem> {
+        let Some(pace) = &self.pace else {
+            return Ok(());
+        };
+        pace.enter(peer.ip()).map_err(|wait| {
+            self.metrics.limited(Limited::Requests);
+            let message = "your address asks more often than this cache allows";
+            Problem::too_many_requests(message, wait.max(Duration::from_secs(1)))
+        })
+    }
+}
+
 impl Registry {
     /// Answers from `cache`, by `names`; `aside` answers what lies outside the registry's API.
     pub fn new(cache: Cache, names: Names, aside: Aside, gate: Gate) -> Self {
@@ -108,6 +129,9 @@ impl Registry {
         }
         if let Some(response) = (self.aside)(parts.uri.path()) {
             return with_outcome(response, Outcome::none("health"));
+        }
+        if let Err(problem) = self.gate.enter(peer) {
+            return refused(problem, "other");
         }
         let client = match self.client(parts, peer).await {
             Ok(client) => client,

@@ -10,6 +10,7 @@ pub mod conditional;
 pub mod dispatch;
 pub mod doorman;
 pub mod failure;
+pub mod fair;
 pub mod listen;
 pub mod listing;
 pub mod manifest;

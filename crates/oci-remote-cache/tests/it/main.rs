@@ -40,6 +40,8 @@ mod never_worse;
 #[cfg(test)]
 mod once;
 #[cfg(test)]
+mod proxies;
+#[cfg(test)]
 mod ranges;
 #[cfg(test)]
 mod redirects;
@@ -47,6 +49,8 @@ mod redirects;
 mod routing;
 #[cfg(test)]
 mod serving;
+#[cfg(test)]
+mod shares;
 #[cfg(test)]
 mod stage;
 #[cfg(test)]
