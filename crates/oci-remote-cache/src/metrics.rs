@@ -85,10 +85,10 @@ pub enum Limited {
     Requests,
 }
 
-/// How a fill ended.
+/// How a fill, or fetching an image ahead, ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct OutcomeLabel {
-    /// `published`, `failed`, `mismatch`, `parked` or `alone`.
+    /// `published`, `failed`, `mismatch`, `parked` or `alone`; `done`, `failed`, `gave-way` or `stopped`.
     pub outcome: &'static str,
 }
 
@@ -120,6 +120,10 @@ pub struct Metrics {
     pub fills: Gauge,
     /// Fills that ended.
     pub fills_ended: Family<OutcomeLabel, Counter>,
+    /// Images that are being fetched before anyone pulls them, or wait for it.
+    pub warming: Gauge,
+    /// Such images that came to an end.
+    pub warmed: Family<OutcomeLabel, Counter>,
     /// Answers served past their age.
     pub stale: Family<WhyLabel, Counter>,
     /// Answers passed through without being kept.
@@ -170,6 +174,12 @@ impl Metrics {
             offline: gauge(r, "upstream_offline", "Whether it is switched offline"),
             fills: gauge(r, "fills", "Blob fetches in flight"),
             fills_ended: counter(r, "fills_ended", "Blob fetches that ended"),
+            warming: gauge(
+                r,
+                "warming",
+                "Images being fetched ahead, or waiting for it",
+            ),
+            warmed: counter(r, "warmed", "Images fetched ahead"),
             stale: counter(r, "stale", "Answers served past their age"),
             bypassed: counter(r, "bypassed", "Answers passed through without being kept"),
             store_faults: counter(

@@ -14,10 +14,12 @@ pub mod manifest;
 mod meaning;
 mod negative;
 pub mod pattern;
+mod purge;
 mod revalidate;
 pub mod right;
 pub mod single_flight;
 mod standing;
+pub mod warm;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -93,6 +95,7 @@ struct Inner {
     tags: Flights<(Source, oci::Tag), Result<Fetched, CacheError>>,
     digests: Flights<(Source, Digest), Result<Fetched, CacheError>>,
     probes: Flights<(Source, Thing, AnyDigest), Result<Probe, CacheError>>,
+    warming: warm::Queue,
     listings: listing::Listings,
     listing_flights: Flights<ListingKey, Result<Arc<listing::Listing>, CacheError>>,
 }
@@ -132,6 +135,7 @@ impl Cache {
             tags: Flights::new(tasks.clone()),
             digests: Flights::new(tasks.clone()),
             probes: Flights::new(tasks.clone()),
+            warming: warm::Queue::new(),
             listings: listing::Listings::new(),
             listing_flights: Flights::new(tasks.clone()),
             store,

@@ -239,7 +239,8 @@ const ALL: &[Key] = &[
         example: "[\"ci pull ghcr.io/acme/**\", \"* pull-cached **\", \"anonymous pull docker.io/**\"]",
         doc: "Who may pull what: `who what where`, read from the front, the first that fits decides, and what fits none is refused. \
               Who: a client's name, `*` for every client with a name, `anonymous` for those without. What: `pull`, `pull-cached` \
-              (only what is held, without asking the upstream) or `deny`. Where: an upstream's key and a repository; `*` stands for \
+              (only what is held, without asking the upstream), `warm` (have an image fetched ahead) and `purge` (have what is held \
+              taken back), joined by `+`, or `deny`. Where: an upstream's key and a repository; `*` stands for \
               text without a slash, `**` for any segments. Without rules every client with a name may pull everything.",
     },
     Key {

@@ -37,10 +37,10 @@ pub type Aside = Box<dyn Fn(&str) -> Option<Response<Body>> + Send + Sync>;
 
 /// Answers clients.
 pub struct Registry {
-    cache: Cache,
-    names: Names,
+    pub(super) cache: Cache,
+    pub(super) names: Names,
     aside: Aside,
-    gate: Gate,
+    pub(super) gate: Gate,
     catalog: Catalog,
 }
 
@@ -124,10 +124,12 @@ impl Registry {
     }
 
     async fn answer(&self, parts: &Parts, peer: SocketAddr) -> Response<Body> {
-        if parts.method != Method::GET && parts.method != Method::HEAD {
+        let work = self.gate.rules.door() == Door::Kept
+            && (parts.method == Method::DELETE || parts.method == Method::POST);
+        if !work && parts.method != Method::GET && parts.method != Method::HEAD {
             return refused(Problem::method_not_allowed(), "other");
         }
-        if let Some(response) = (self.aside)(parts.uri.path()) {
+        if !work && let Some(response) = (self.aside)(parts.uri.path()) {
             return with_outcome(response, Outcome::none("health"));
         }
         if let Err(problem) = self.gate.enter(peer) {
@@ -139,6 +141,7 @@ impl Registry {
         };
         let name = client.name.clone();
         let mut response = match Route::parse(parts.uri.path(), parts.uri.query()) {
+            _ if work => Box::pin(self.work(parts, (client, peer))).await,
             Ok(route) => self.routed(route, parts, (client, peer)).await,
             Err(error) => refused(failure::of_route(&error), "other"),
         };
@@ -258,6 +261,7 @@ impl Request<'_> {
                 page,
                 ..
             } => listing::referrers(self, route, (digest, artifact_type.as_deref(), page)).await,
+            Target::Warm { .. } => Err(Problem::method_not_allowed()),
             Target::Base | Target::Catalog { .. } => Ok(Answer::plain(base())),
         }
     }
@@ -334,11 +338,11 @@ fn base() -> Response<Body> {
     response
 }
 
-fn refused(problem: Problem, kind: &'static str) -> Response<Body> {
+pub(super) fn refused(problem: Problem, kind: &'static str) -> Response<Body> {
     with_outcome(problem.into_response(), Outcome::none(kind))
 }
 
-fn with_outcome(mut response: Response<Body>, outcome: Outcome) -> Response<Body> {
+pub(super) fn with_outcome(mut response: Response<Body>, outcome: Outcome) -> Response<Body> {
     if let Some(status) = outcome.verdict.cache_status(outcome.assurance) {
         set(response.headers_mut(), CACHE_STATUS, &status);
     }
@@ -346,7 +350,7 @@ fn with_outcome(mut response: Response<Body>, outcome: Outcome) -> Response<Body
     response
 }
 
-fn kind(target: &Target) -> &'static str {
+pub(super) fn kind(target: &Target) -> &'static str {
     match target {
         Target::Base => "base",
         Target::Manifest { .. } => "manifest",
@@ -354,15 +358,17 @@ fn kind(target: &Target) -> &'static str {
         Target::Tags { .. } => "tags",
         Target::Referrers { .. } => "referrers",
         Target::Catalog { .. } => "catalog",
+        Target::Warm { .. } => "warm",
     }
 }
 
-fn name(target: &Target) -> Option<&NamePath> {
+pub(super) fn name(target: &Target) -> Option<&NamePath> {
     match target {
         Target::Manifest { name, .. }
         | Target::Blob { name, .. }
         | Target::Tags { name, .. }
-        | Target::Referrers { name, .. } => Some(name),
+        | Target::Referrers { name, .. }
+        | Target::Warm { name, .. } => Some(name),
         Target::Base | Target::Catalog { .. } => None,
     }
 }

@@ -17,3 +17,4 @@ pub mod manifest;
 pub mod observe;
 pub mod problem;
 pub mod sendfile;
+mod work;

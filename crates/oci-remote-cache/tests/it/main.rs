@@ -12,6 +12,8 @@ mod clients;
 #[cfg(test)]
 mod contract;
 #[cfg(test)]
+mod deeds;
+#[cfg(test)]
 mod durable;
 #[cfg(test)]
 mod dying_disk;
