@@ -2,7 +2,7 @@
 //!
 //! The upstream hears nothing of it, and nothing is forbidden for the future: whoever may pull can bring the same again. Bytes go once no
 //! repository of any upstream holds them; who reads them meanwhile reads on. A transfer or errand that is under way is left alone, and
-//! its result is recorded as if it had been asked for afterwards.
+//! its result is recorded as if it had been asked for afterwards; what was recorded and is only on its way to its file goes too.
 
 use oci::{AnyDigest, Digest, Reference};
 

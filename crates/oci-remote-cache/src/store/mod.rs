@@ -203,6 +203,14 @@ impl Store {
         Ok(was_there)
     }
 
+    /// Removes a blob that no repository holds: it was taken back while it was on its way in.
+    pub async fn remove_unheld(&self, digest: &Digest) {
+        // Where the catalog cannot tell, the blob stays; a failure to remove it is counted, and it may be evicted.
+        if matches!(self.shared.catalog.is_held(digest), Ok(false)) {
+            self.remove(digest).await.ok();
+        }
+    }
+
     /// Hashes a stored blob, whatever is recorded of it. A damaged one is removed.
     pub async fn check(&self, digest: &Digest) -> Health {
         let Some(stored) = self.shared.usage.get(digest) else {

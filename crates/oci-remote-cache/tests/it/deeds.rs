@@ -104,6 +104,45 @@ async fn only_who_has_the_right_takes_back_and_the_upstream_hears_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_taken_back_right_behind_a_pull_leaves_no_file() {
+    let (_folder, registry, cache) = scene().await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let manifest = manifest_path("up", REPO, image.manifest.digest);
+    let layer = blob_path("up", REPO, image.layer().digest);
+    for _ in 0..20 {
+        for path in [&manifest, &layer] {
+            assert_eq!(send(&cache, "boss", "GET", path).await.status, 200);
+            assert_eq!(send(&cache, "boss", "DELETE", path).await.status, 202);
+        }
+    }
+    crate::stage::assert_holds_nothing(&cache).await;
+    cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_go_on_reading_what_is_taken_back() {
+    let (_folder, registry, cache) = scene().await;
+    let blob = testbed::Content::blob(20_000_000, "the blob");
+    registry.put_blob(REPO, &blob);
+    let path = blob_path("up", REPO, blob.digest);
+    assert_good(&send(&cache, "boss", "GET", &path).await, &blob);
+    assert_holds(&cache, [&blob]).await;
+    let login = STANDARD.encode("bob:t0ken-of-bob-0123456789");
+    let mut reader = testbed::Connection::open(cache.port()).await;
+    reader
+        .send(format!(
+            "GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Basic {login}\r\n\r\n"
+        ))
+        .await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(send(&cache, "boss", "DELETE", &path).await.status, 202);
+    crate::stage::assert_holds_nothing(&cache).await;
+    assert_good(&reader.response("GET").await, &blob);
+    assert_eq!(registry.count((Kind::Blob, "GET")), 1);
+    cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_tag_goes_alone_and_stays_away_after_a_restart() {
     let (_folder, registry, cache) = scene().await;
     let image = registry.put_image(&ImageSpec::new(REPO, "v1"));

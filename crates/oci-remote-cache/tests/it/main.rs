@@ -30,6 +30,8 @@ mod floors;
 #[cfg(test)]
 mod freshness;
 #[cfg(test)]
+mod inward;
+#[cfg(test)]
 mod leaks;
 #[cfg(test)]
 mod listings;

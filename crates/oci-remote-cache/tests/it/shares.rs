@@ -72,6 +72,30 @@ async fn a_network_may_be_without_limits() {
     cache.check_invariants().await;
 }
 
+/// What a client claims to be is not believed: it gets no second share for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claimed_address_is_no_address() {
+    let (registry, cache) = with(|cache| {
+        cache
+            .line("clients.max_requests = 1")
+            .line("clients.burst = 2")
+    })
+    .await;
+    registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let mut refused = 0;
+    for n in 0..8 {
+        let claimed = format!("192.0.2.{n}");
+        let request = testbed::Request::get("/v2/")
+            .header("X-Forwarded-For", &claimed)
+            .header("Forwarded", &format!("for={claimed}"))
+            .header("X-Real-IP", &claimed)
+            .header("User-Agent", &format!("other/{n}"));
+        refused += u32::from(cache.send(request).await.status == 429);
+    }
+    assert!(refused >= 5, "{refused}");
+    cache.check_invariants().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_address_asks_so_often_and_is_told_when_to_come_back() {
     let (registry, cache) = with(|cache| {

@@ -180,6 +180,7 @@ async fn publish(
         tracing::warn!(%error, digest = %fill.key.digest, "a finished blob could not be published");
         on_disk(fills, move || spool.discard()).await;
     } else {
+        fills.store.remove_unheld(&fill.key.digest).await;
         on_disk(fills, move || spool.drop_list()).await;
     }
     fills.leave(fill);
