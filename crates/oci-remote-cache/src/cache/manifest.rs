@@ -409,10 +409,7 @@ impl Cache {
         let cache = self.clone();
         self.inner.tasks.spawn(async move {
             let spool = verified.clone();
-            let digest = *verified.digest();
-            let admitted = cache.inner.store.admit(verified, None).await;
-            cache.inner.store.remove_unheld(&digest).await;
-            if let Err(error) = admitted {
+            if let Err(error) = cache.inner.store.admit_held(verified, None).await {
                 cache.store_fault(&error);
                 let discarded = cache.inner.tasks.spawn_blocking(move || spool.discard());
                 // What cannot be removed is swept at the next start.

@@ -112,7 +112,9 @@ async fn what_is_taken_back_right_behind_a_pull_leaves_no_file() {
     for _ in 0..20 {
         for path in [&manifest, &layer] {
             assert_eq!(send(&cache, "boss", "GET", path).await.status, 200);
-            assert_eq!(send(&cache, "boss", "DELETE", path).await.status, 202);
+            // 404 where the answer came from the transfer before, which was still being published when its record went.
+            let taken = send(&cache, "boss", "DELETE", path).await;
+            assert!(matches!(taken.status, 202 | 404), "{taken}");
         }
     }
     crate::stage::assert_holds_nothing(&cache).await;

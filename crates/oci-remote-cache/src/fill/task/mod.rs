@@ -176,11 +176,10 @@ async fn publish(
         progress.size = Some(size);
         progress.phase = Phase::Verified;
     });
-    if let Err(error) = fills.store.admit(verified, room).await {
+    if let Err(error) = fills.store.admit_held(verified, room).await {
         tracing::warn!(%error, digest = %fill.key.digest, "a finished blob could not be published");
         on_disk(fills, move || spool.discard()).await;
     } else {
-        fills.store.remove_unheld(&fill.key.digest).await;
         on_disk(fills, move || spool.drop_list()).await;
     }
     fills.leave(fill);
