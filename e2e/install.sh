@@ -9,7 +9,7 @@ CRANE_VERSION=v0.22.1
 E2E_PACKAGES="
   podman:podman skopeo:skopeo dockerd:docker.io docker:docker.io containerd:containerd ctr:containerd
   docker-registry:docker-registry nginx:nginx-light htpasswd:apache2-utils runc:runc crun:crun
-  docker-credential-pass:golang-docker-credential-helpers pass:pass gpg:gnupg
+  docker-credential-pass:golang-docker-credential-helpers pass:pass gpg:gnupg tinyproxy:tinyproxy microsocks:microsocks
   curl:curl jq:jq openssl:openssl python3:python3 ip:iproute2"
 
 install_packages() { # [COMMAND...]: what these need; everything when none is named

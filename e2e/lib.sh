@@ -60,7 +60,7 @@ e2e_init() {
   # A short name: podman refuses a run folder of more than 50 characters, and a socket's path has an end too.
   E2E_WORK=$(mktemp -d /tmp/orc-e2e.XXXXXX)
   export E2E_WORK TOKEN_STATUS=$E2E_WORK/token.status
-  local names="anon basic token auth redirect cdn backing cache admin fault" ports name
+  local names="anon basic token auth redirect cdn backing cache admin fault proxy socks" ports name
   # Below the range that the kernel gives to outgoing connections, so that none of those can take one of ours.
   ports=$(python3 - $names <<'PY'
 import random, socket, sys

@@ -80,7 +80,7 @@ cert_file = "$E2E_WORK/tls.crt"
 key_file = "$E2E_WORK/tls.key"
 [clients]
 htpasswd = "$E2E_WORK/clients"
-rules = ["alice pull token.test/**", "bob pull token.test/$PUBLIC_REPO"]
+rules = ["alice pull+purge token.test/**", "bob pull token.test/$PUBLIC_REPO"]
 $(upstream_section "$(by_file)")
 TOML
   check "clients: podman, alice, the private image" podman_pull "$PRIVATE_REPO:v1" --cert-dir "$CERTS" --creds alice:wonderland
@@ -90,11 +90,20 @@ TOML
   refuses "clients: podman, a wrong password" podman_pull "$PUBLIC_REPO:v1" --cert-dir "$CERTS" --creds bob:wonderland
   refuses "clients: podman without the authority's certificate" podman_pull "$PUBLIC_REPO:v1" --creds bob:builder
   same "clients: HTTP/2" "$(curl -s -o /dev/null --cacert "$CERTS/ca.crt" -u bob:builder -w '%{http_version}' "https://$CACHE/v2/")" 2
+  taken_back
   closed_docker
   closed_containerd
   rotate
   cache_stop
 }
+
+taken_back() {
+  refuses "clients: skopeo delete, bob" delete bob:builder "$PUBLIC_REPO:v1"
+  check "clients: skopeo delete, alice" delete alice:wonderland "$PUBLIC_REPO:v1"
+  same "clients: the upstream heard nothing of it" "$(grep -c DELETE "$E2E_WORK/token.log")" 0
+  check "clients: podman, bob, the public image again" podman_pull "$PUBLIC_REPO:v1" --cert-dir "$CERTS" --creds bob:builder
+}
+delete() { skopeo delete --cert-dir "$CERTS" --creds "$1" "docker://$CACHE/token.test/$2"; } # USER:PASSWORD IMAGE
 
 closed_docker() {
   check "clients: dockerd starts, empty" dockerd_start || return

@@ -21,6 +21,7 @@ use crate::config::{Config, CredentialsConfig, Serve, TlsConfig, UpstreamConfig}
 use crate::fill::{Connections, Fills};
 use crate::http::dispatch::{Gate, Registry};
 use crate::http::doorman::{Books, Doorman};
+use crate::http::fair::{Crowd, Exempt, Pace, Rate};
 use crate::http::listen::{
     BindError, Limits, Listener, Tls, TlsFiles, connection_limit, raise_open_files, serve,
 };
@@ -36,8 +37,8 @@ use crate::store::layout::Layout;
 use crate::store::{Store, StoreSettings};
 use crate::tasks::Tasks;
 use crate::upstream::{
-    HostError, Keyring, Login, LoginFile, Logins, Offline, Password, Settings, SetupError, Switch,
-    Upstream,
+    HostError, Keyring, Login, LoginFile, Logins, Network, Offline, Password, Settings, SetupError,
+    Switch, Upstream,
 };
 use crate::watched::{FileError, Watched};
 
@@ -95,10 +96,12 @@ impl App {
     pub async fn start(config: Config, clock: Clock) -> Result<Self, StartError> {
         let limits = Limits::new(connection_limit(raise_open_files()));
         let tls = config.tls.as_ref().map(tls).transpose()?;
-        let clients = Listener::bind(config.listen, "listen")?.with_tls(tls);
+        let clients = Listener::bind(config.listen, "listen")?
+            .with_tls(tls)
+            .with_crowd(crowd(&config)?);
         let operators = Listener::bind(config.admin_listen, "admin_listen")?;
         let (metrics, tasks) = (Metrics::new(), Tasks::new());
-        let gate = gate(&config, &tasks)?;
+        let gate = gate(&config, &tasks, &metrics)?;
         metrics.max_connections.set(limits.connections as u64);
         let own = [clients.local_addr(), operators.local_addr()];
         let everywhere = Switch::default();
@@ -270,7 +273,7 @@ fn tls(config: &TlsConfig) -> Result<Tls, FileError> {
     })
 }
 
-fn gate(config: &Config, tasks: &Tasks) -> Result<Gate, StartError> {
+fn gate(config: &Config, tasks: &Tasks, metrics: &Metrics) -> Result<Gate, StartError> {
     let clients = &config.clients;
     let books = Books {
         htpasswd: clients.htpasswd.clone(),
@@ -289,7 +292,37 @@ fn gate(config: &Config, tasks: &Tasks) -> Result<Gate, StartError> {
         by_login: by_login
             .map(|upstream| UpstreamId::new(&upstream.key))
             .collect(),
+        pace: pace(config)?,
+        metrics: metrics.clone(),
     })
+}
+
+/// The limit on connections for each client address.
+fn crowd(config: &Config) -> Result<Option<Crowd>, HostError> {
+    let exempt = exempt(config)?;
+    let most = config.clients.max_connections;
+    Ok(most.map(|most| Crowd::new(most, exempt)))
+}
+
+/// The limit on requests for each client address.
+fn pace(config: &Config) -> Result<Option<Pace>, HostError> {
+    let exempt = exempt(config)?;
+    let clients = &config.clients;
+    let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    Ok(clients.max_requests.map(|most| {
+        let rate = Rate {
+            per_second: count(most),
+            burst: count(clients.burst.unwrap_or_else(|| most.saturating_mul(10))),
+        };
+        Pace::new(rate, exempt)
+    }))
+}
+
+fn exempt(config: &Config) -> Result<Exempt, HostError> {
+    let networks: Vec<Network> = parsed(&config.clients.unlimited)?;
+    Ok(Arc::new(move |address| {
+        networks.iter().any(|network| network.contains(address))
+    }))
 }
 
 fn origins(
@@ -416,6 +449,7 @@ fn settings(
         token_realms: parsed(&upstream.token_realms)?,
         redirect_hosts: parsed(&upstream.redirect_hosts)?,
         trusted_networks: parsed(&config.trusted_networks)?,
+        proxy: upstream.proxy.clone(),
         ca_file: upstream.ca_file.clone(),
         own_addresses: own.to_vec(),
         user_agent: concat!("oci-remote-cache/", env!("CARGO_PKG_VERSION")).to_owned(),

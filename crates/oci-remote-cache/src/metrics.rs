@@ -76,10 +76,19 @@ pub struct WhyLabel {
     pub why: &'static str,
 }
 
-/// How a fill ended.
+/// What one address may have only so much of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limited {
+    /// Connections at once.
+    Connections,
+    /// Requests in a second.
+    Requests,
+}
+
+/// How a fill, or fetching an image ahead, ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct OutcomeLabel {
-    /// `published`, `failed`, `mismatch`, `parked` or `alone`.
+    /// `published`, `failed`, `mismatch`, `parked` or `alone`; `done`, `failed`, `gave-way` or `stopped`.
     pub outcome: &'static str,
 }
 
@@ -111,6 +120,10 @@ pub struct Metrics {
     pub fills: Gauge,
     /// Fills that ended.
     pub fills_ended: Family<OutcomeLabel, Counter>,
+    /// Images that are being fetched before anyone pulls them, or wait for it.
+    pub warming: Gauge,
+    /// Such images that came to an end.
+    pub warmed: Family<OutcomeLabel, Counter>,
     /// Answers served past their age.
     pub stale: Family<WhyLabel, Counter>,
     /// Answers passed through without being kept.
@@ -123,6 +136,8 @@ pub struct Metrics {
     pub stored_blobs: Gauge,
     /// Blobs evicted to keep `cache.max_size`.
     pub evicted: Counter,
+    /// What clients were refused because their address had its share.
+    pub limited: Family<WhyLabel, Counter>,
     /// Client connections open.
     pub connections: Gauge,
     /// Descriptors of the process that may be used for connections.
@@ -159,6 +174,12 @@ impl Metrics {
             offline: gauge(r, "upstream_offline", "Whether it is switched offline"),
             fills: gauge(r, "fills", "Blob fetches in flight"),
             fills_ended: counter(r, "fills_ended", "Blob fetches that ended"),
+            warming: gauge(
+                r,
+                "warming",
+                "Images being fetched ahead, or waiting for it",
+            ),
+            warmed: counter(r, "warmed", "Images fetched ahead"),
             stale: counter(r, "stale", "Answers served past their age"),
             bypassed: counter(r, "bypassed", "Answers passed through without being kept"),
             store_faults: counter(
@@ -173,6 +194,11 @@ impl Metrics {
             ),
             stored_blobs: gauge(r, "stored_blobs", "Blobs stored"),
             evicted: counter(r, "evicted", "Blobs evicted to keep the size limit"),
+            limited: counter(
+                r,
+                "limited",
+                "Requests and connections refused because an address had its share",
+            ),
             connections: gauge(r, "connections", "Client connections open"),
             max_connections: gauge(r, "connections_limit", "Client connections allowed"),
             registry: Arc::new(registry),
@@ -185,6 +211,15 @@ impl Metrics {
         // Writing to a String cannot fail.
         text::encode(&mut out, &self.registry).ok();
         out
+    }
+
+    /// Counts what an address did not get.
+    pub fn limited(&self, what: Limited) {
+        let why = match what {
+            Limited::Connections => "connections",
+            Limited::Requests => "requests",
+        };
+        self.limited.get_or_create(&WhyLabel { why }).inc();
     }
 
     /// Counts an answer that was stale or passed through.

@@ -60,6 +60,33 @@ impl Descriptor {
 }
 
 impl Platform {
+    /// Reads `os/architecture` or `os/architecture/variant`.
+    pub fn parse(text: &str) -> Option<Self> {
+        let legal = |part: &&str| {
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+            !part.is_empty() && part.bytes().all(plain)
+        };
+        let parts: Vec<&str> = text.split('/').filter(legal).collect();
+        let slashes = text.matches('/').count();
+        let (os, architecture, variant) = match *parts.as_slice() {
+            [os, architecture] if slashes == 1 => (os, architecture, None),
+            [os, architecture, variant] if slashes == 2 => (os, architecture, Some(variant)),
+            _ => return None,
+        };
+        Some(Self {
+            os: os.to_owned(),
+            architecture: architecture.to_owned(),
+            variant: variant.map(str::to_owned),
+        })
+    }
+
+    /// Whether `found` is what is meant: any variant, where this names none.
+    pub fn covers(&self, found: &Self) -> bool {
+        self.os == found.os
+            && self.architecture == found.architecture
+            && (self.variant.is_none() || self.variant == found.variant)
+    }
+
     fn read(node: &Node) -> Option<Self> {
         Some(Self {
             os: node.text("os")?.to_owned(),

@@ -33,6 +33,11 @@ pub struct TlsFront {
 impl TlsFront {
     /// Starts in front of `server` (a registry is one), with a certificate of its own.
     pub async fn start(server: &Server) -> Self {
+        Self::before(server.port()).await
+    }
+
+    /// Starts in front of this port on 127.0.0.1, with a certificate of its own.
+    pub async fn before(port: u16) -> Self {
         let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
         let certified = generate_simple_self_signed(names).expect("make a certificate");
         let folder = TempDir::new().expect("make a folder for the certificate");
@@ -45,12 +50,7 @@ impl TlsFront {
         let acceptor = TlsAcceptor::from(Arc::new(config(&certified)));
         let protocols = Arc::new(Mutex::default());
         let mut accepting = JoinSet::new();
-        accepting.spawn(accept(
-            listener,
-            acceptor,
-            server.port(),
-            Arc::clone(&protocols),
-        ));
+        accepting.spawn(accept(listener, acceptor, port, Arc::clone(&protocols)));
         TlsFront {
             address,
             ca_file,

@@ -15,7 +15,8 @@ fuzz_target!(|text: &str| {
                 Target::Manifest { name, .. }
                 | Target::Blob { name, .. }
                 | Target::Tags { name, .. }
-                | Target::Referrers { name, .. } => name.as_str(),
+                | Target::Referrers { name, .. }
+                | Target::Warm { name, .. } => name.as_str(),
                 Target::Base | Target::Catalog { .. } => "",
             };
             assert!(name.split('/').all(|segment| segment != ".." && segment != "."));

@@ -53,6 +53,14 @@ pub enum CacheError {
         /// Where.
         source_: Source,
     },
+    /// There is nothing to take back.
+    #[error("{source_}: this {} is not held here", thing.as_str())]
+    NotKept {
+        /// What was to be taken back.
+        thing: Thing,
+        /// Where.
+        source_: Source,
+    },
     /// Only the operator's credentials open this repository, and they are not everybody's.
     #[error(
         "{source_} is not public. This cache is open to everyone who can reach it, so it serves only what anyone may pull; \
@@ -140,6 +148,7 @@ impl CacheError {
             | Self::LogIn { .. }
             | Self::NotPublic { .. }
             | Self::NotHeld { .. }
+            | Self::NotKept { .. }
             | Self::Fill(_)
             | Self::BadManifest { .. }
             | Self::WrongDigest { .. }

@@ -335,6 +335,7 @@ fn next_page(link: &str) -> Option<Page> {
         | Target::Manifest { .. }
         | Target::Blob { .. }
         | Target::Referrers { .. }
+        | Target::Warm { .. }
         | Target::Catalog { .. } => None,
     }
 }

@@ -406,7 +406,7 @@ impl Cache {
         let cache = self.clone();
         self.inner.tasks.spawn(async move {
             let spool = verified.clone();
-            if let Err(error) = cache.inner.store.admit(verified, None).await {
+            if let Err(error) = cache.inner.store.admit_held(verified, None).await {
                 cache.store_fault(&error);
                 let discarded = cache.inner.tasks.spawn_blocking(move || spool.discard());
                 // What cannot be removed is swept at the next start.

@@ -16,11 +16,13 @@ mod meaning;
 mod negative;
 pub mod pattern;
 mod proofs;
+mod purge;
 mod revalidate;
 pub mod right;
 pub mod single_flight;
 mod standing;
 mod visit;
+pub mod warm;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -99,6 +101,7 @@ struct Inner {
     tags: Flights<(Visitor, oci::Tag), Result<Fetched, CacheError>>,
     digests: Flights<(Visitor, Digest), Result<Fetched, CacheError>>,
     probes: Flights<(Visitor, Thing, AnyDigest), Result<Probe, CacheError>>,
+    warming: warm::Queue,
     listings: listing::Listings,
     listing_flights: Flights<(Visitor, List), Result<Arc<listing::Listing>, CacheError>>,
 }
@@ -142,6 +145,7 @@ impl Cache {
             tags: Flights::new(tasks.clone()),
             digests: Flights::new(tasks.clone()),
             probes: Flights::new(tasks.clone()),
+            warming: warm::Queue::new(),
             listings: listing::Listings::new(),
             listing_flights: Flights::new(tasks.clone()),
             store,

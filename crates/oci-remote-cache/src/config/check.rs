@@ -16,12 +16,13 @@ use super::error::{ConfigError, Origin, Problem};
 use super::keys::{KeyPath, nearest};
 use super::logins::PrefixLogin;
 use super::settings::Settings;
-use super::value::{SecretSource, Typed};
+use super::value::{NO_PROXY, SecretSource, Typed};
 use super::{
     CacheConfig, ClientsConfig, Config, CredentialsConfig, Serve, TlsConfig, UpstreamConfig,
 };
 use crate::cache::freshness::{OnDeleted, Rules};
 use crate::secret::Secret;
+use crate::upstream::{Proxy, ProxyError};
 
 /// No password is longer; a file that is was not meant.
 const LARGEST_SECRET: u64 = 64 << 10;
@@ -52,7 +53,7 @@ pub(super) fn check(
     let mut problems = Vec::new();
     let mut upstreams = Vec::new();
     for (key, origin) in settings.upstreams() {
-        match top.child(&["upstreams", key]).upstream(key, origin) {
+        match top.child(&["upstreams", key]).upstream(key, origin, &top) {
             Ok(upstream) => upstreams.push(upstream),
             Err(problem) => problems.push(problem),
         }
@@ -80,6 +81,7 @@ pub(super) fn check(
         offline: top.require("offline")?,
         catalog: top.require("catalog")?,
         trusted_networks: top.list("trusted_networks"),
+        ignored: ignored(environment),
         upstreams,
     })
 }
@@ -206,7 +208,7 @@ impl Section<'_> {
         setting.is_some_and(|setting| setting.origin.is_set())
     }
 
-    fn upstream(&self, key: &str, origin: &Origin) -> Result<UpstreamConfig, Problem> {
+    fn upstream(&self, key: &str, origin: &Origin, top: &Self) -> Result<UpstreamConfig, Problem> {
         let url: Option<Url> = self.find("url");
         let url = url.ok_or_else(|| {
             let built_in = BUILT_IN.iter().map(|upstream| upstream.key);
@@ -233,6 +235,11 @@ impl Section<'_> {
             token_realms: self.list("token_realms"),
             redirect_hosts: self.list("redirect_hosts"),
             mirrors: self.list("mirrors"),
+            proxy: if self.is_set("proxy") {
+                self.proxy()?
+            } else {
+                top.proxy()?
+            },
             ca_file: self.file("ca_file")?,
             connections_per_blob: self.require("connections_per_blob")?,
             max_connections: self.require("max_connections")?,
@@ -334,7 +341,14 @@ impl Section<'_> {
             htpasswd: self.file("htpasswd")?,
             tokens: self.file("tokens")?,
             rules: self.list("rules"),
+            max_connections: self.find("max_connections"),
+            max_requests: self.find("max_requests"),
+            burst: self.find("burst"),
+            unlimited: self.list("unlimited"),
         };
+        if clients.burst.is_some() && clients.max_requests.is_none() {
+            return Err(self.problem("burst", "needs max_requests beside it"));
+        }
         let named = clients
             .rules
             .iter()
@@ -401,6 +415,20 @@ impl Section<'_> {
         })
     }
 
+    fn proxy(&self) -> Result<Option<Proxy>, Problem> {
+        let Some(source) = self.find::<SecretSource>("proxy") else {
+            return Ok(None);
+        };
+        let text = self.secret("proxy", &source)?;
+        if text.expose() == NO_PROXY {
+            return Ok(None);
+        }
+        let proxy = text.expose().parse();
+        proxy
+            .map(Some)
+            .map_err(|error: ProxyError| self.problem("proxy", error.to_string()))
+    }
+
     fn secret(&self, name: &str, source: &SecretSource) -> Result<Secret, Problem> {
         let secret = match source {
             SecretSource::Text(secret) => secret.clone(),
@@ -440,6 +468,15 @@ fn variable(environment: &[(String, String)], name: &str) -> Option<Secret> {
     found
         .filter(|(_, value)| !value.is_empty())
         .map(|(_, value)| Secret::new(value.clone()))
+}
+
+/// The variables by which other programs are told of a proxy.
+fn ignored(environment: &[(String, String)]) -> Vec<String> {
+    const NAMES: [&str; 3] = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"];
+    let set = environment.iter().filter(|(name, value)| {
+        !value.is_empty() && NAMES.iter().any(|known| known.eq_ignore_ascii_case(name))
+    });
+    set.map(|(name, _)| name.clone()).collect()
 }
 
 fn readable(path: &Path) -> io::Result<()> {

@@ -94,7 +94,7 @@ fn candidates(upstreams: &[&str]) -> Vec<Candidate> {
         } else {
             &single
         };
-        let parts: &[Option<&'static str>] = if key.kind == Kind::Secret {
+        let parts: &[Option<&'static str>] = if matches!(key.kind, Kind::Secret | Kind::Proxy) {
             &[None, Some("file"), Some("env")]
         } else {
             &[None]

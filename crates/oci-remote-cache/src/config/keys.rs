@@ -57,6 +57,8 @@ pub(super) enum Kind {
     Username,
     /// Text that is never shown.
     Secret,
+    /// A proxy's URL, where a secret's text may come from too, or `none`.
+    Proxy,
     /// How long tags of some patterns last.
     TagRules,
     /// Logins for some repositories.
@@ -94,7 +96,7 @@ pub(super) const TABLES: &[(&[&str], &str)] = &[
     ),
     (
         &["clients"],
-        "Who may pull. Without `htpasswd`, `tokens` and `tls.client_ca_file` nobody is asked who they are.",
+        "Who may pull, and how much of the cache one of them may take. Without `htpasswd`, `tokens` and `tls.client_ca_file` nobody is asked who they are.",
     ),
     (
         &["upstreams", "*"],
@@ -171,6 +173,15 @@ const ALL: &[Key] = &[
         doc: "Networks that count as public when an upstream's realm or redirect leads there: NAT64, fake-IP and overlay networks.",
     },
     Key {
+        path: &["proxy"],
+        kind: Kind::Proxy,
+        default: Default::Words("none; `HTTP_PROXY` and its like are not read"),
+        example: "\"http://user:password@proxy.example:3128\"",
+        doc: "Proxy through which upstreams are asked: `http://`, `https://`, `socks5://` (we resolve names) or `socks5h://` (the proxy does), \
+              with the user and password in front of the host where it wants them. The whole URL may also be in `{ file = \"…\" }` or \
+              `{ env = \"…\" }`; it is read at the start.",
+    },
+    Key {
         path: &["cache", "max_size"],
         kind: Kind::Size,
         default: Default::Words(
@@ -230,8 +241,37 @@ const ALL: &[Key] = &[
         example: "[\"ci pull ghcr.io/acme/**\", \"* pull-cached **\", \"anonymous pull docker.io/**\"]",
         doc: "Who may pull what: `who what where`, read from the front, the first that fits decides, and what fits none is refused. \
               Who: a client's name, `*` for every client with a name, `anonymous` for those without. What: `pull`, `pull-cached` \
-              (only what is held, without asking the upstream) or `deny`. Where: an upstream's key and a repository; `*` stands for \
+              (only what is held, without asking the upstream), `warm` (have an image fetched ahead) and `purge` (have what is held \
+              taken back), joined by `+`, or `deny`. Where: an upstream's key and a repository; `*` stands for \
               text without a slash, `**` for any segments. Without rules every client with a name may pull everything.",
+    },
+    Key {
+        path: &["clients", "max_connections"],
+        kind: Kind::Count,
+        default: Default::Words("no limit"),
+        example: "256",
+        doc: "How many connections one address may have open; further ones are closed at once. An IPv6 /64 is one address.",
+    },
+    Key {
+        path: &["clients", "max_requests"],
+        kind: Kind::Count,
+        default: Default::Words("no limit"),
+        example: "100",
+        doc: "How many requests in a second one address may make in the long run; those beyond are answered 429.",
+    },
+    Key {
+        path: &["clients", "burst"],
+        kind: Kind::Count,
+        default: Default::Words("ten times `max_requests`"),
+        example: "1000",
+        doc: "How many requests one address may make at once, after a while without any.",
+    },
+    Key {
+        path: &["clients", "unlimited"],
+        kind: Kind::Networks,
+        default: Default::Text(""),
+        example: "[\"10.0.0.0/24\"]",
+        doc: "Networks for which these limits do not hold: those of a load balancer or of NAT, behind which many clients stand.",
     },
     Key {
         path: &["upstreams", "*", "url"],
@@ -376,6 +416,13 @@ const ALL: &[Key] = &[
         default: Default::Words("none, only the system's trust roots"),
         example: "\"/etc/ssl/registry-ca.pem\"",
         doc: "PEM file with a further trust root for this upstream.",
+    },
+    Key {
+        path: &["upstreams", "*", "proxy"],
+        kind: Kind::Proxy,
+        default: Default::Words("the `proxy` for all upstreams"),
+        example: "\"none\"",
+        doc: "The same for this upstream and whatever it leads to; `\"none\"` asks it directly. `ca_file` holds for an `https://` proxy too.",
     },
     Key {
         path: &["upstreams", "*", "connections_per_blob"],

@@ -38,6 +38,7 @@ pub use self::settings::{Overrides, Settings, Sources};
 pub use self::show::show;
 use crate::cache::freshness::Rules;
 use crate::secret::Secret;
+use crate::upstream::Proxy;
 
 /// A configuration that makes sense: every value judged, names unique, secrets read.
 #[derive(Debug, Clone)]
@@ -68,6 +69,8 @@ pub struct Config {
     pub catalog: bool,
     /// `address/prefix` of networks that count as public.
     pub trusted_networks: Vec<String>,
+    /// Names of proxy variables that are set and not read.
+    pub ignored: Vec<String>,
     /// All upstreams, built in or configured, by key.
     pub upstreams: Vec<UpstreamConfig>,
 }
@@ -101,6 +104,14 @@ pub struct ClientsConfig {
     pub tokens: Option<PathBuf>,
     /// Rules, each legal by itself.
     pub rules: Vec<String>,
+    /// Connections of one address.
+    pub max_connections: Option<usize>,
+    /// Requests of one address in a second.
+    pub max_requests: Option<usize>,
+    /// Requests of one address at once.
+    pub burst: Option<usize>,
+    /// `address/prefix` of those for whom none of this holds.
+    pub unlimited: Vec<String>,
 }
 
 /// One registry.
@@ -132,6 +143,8 @@ pub struct UpstreamConfig {
     pub redirect_hosts: Vec<String>,
     /// Tried in order when `url` fails.
     pub mirrors: Vec<Url>,
+    /// The proxy that it is asked through.
+    pub proxy: Option<Proxy>,
     /// A further trust root.
     pub ca_file: Option<PathBuf>,
     /// Connections for one large blob.

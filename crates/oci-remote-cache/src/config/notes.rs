@@ -12,12 +12,12 @@ use url::Host;
 use super::error::Origin;
 use super::keys::{KeyPath, keys};
 use super::settings::Settings;
-use super::value::SecretSource;
+use super::value::{SecretSource, Value};
 use super::{Config, Serve, UpstreamConfig};
 
 /// What is noteworthy, one line each.
 pub fn notes(config: &Config, settings: &Settings) -> Vec<String> {
-    let about = [max_blob(config), nothing_default(config)];
+    let about = [max_blob(config), nothing_default(config), ignored(config)];
     let mut notes: Vec<String> = about.into_iter().flatten().collect();
     for upstream in &config.upstreams {
         let key = &upstream.key;
@@ -126,6 +126,7 @@ fn open_secrets(settings: &Settings) -> Vec<String> {
             let setting = settings.get(&path);
             let secrets = setting.into_iter().flat_map(|setting| {
                 let secrets = setting.value.secrets().into_iter();
+                let secrets = secrets.filter(|source| !is_open(&setting.value, source));
                 secrets.map(|source| (source, &setting.origin))
             });
             let notes: Vec<String> = secrets
@@ -134,6 +135,22 @@ fn open_secrets(settings: &Settings) -> Vec<String> {
             notes
         })
         .collect()
+}
+
+/// A proxy that wants no password is no secret.
+fn is_open(value: &Value, source: &SecretSource) -> bool {
+    matches!((value, source), (Value::Proxy(_), SecretSource::Text(text)) if !text.expose().contains('@'))
+}
+
+/// Operators expect other programs' variables to count; here only what is configured does.
+fn ignored(config: &Config) -> Option<String> {
+    let names = config.ignored.join(", ");
+    (!names.is_empty()
+        && config
+            .upstreams
+            .iter()
+            .all(|upstream| upstream.proxy.is_none()))
+    .then(|| format!("proxy: is not set, and {names} in the environment count for nothing"))
 }
 
 fn open_secret(path: &KeyPath, source: &SecretSource, origin: &Origin) -> Option<String> {

@@ -83,6 +83,7 @@ fn shape(kind: Kind) -> String {
         Kind::Rules => "list of `who what where`",
         Kind::Username => "text",
         Kind::Secret => "secret",
+        Kind::Proxy => "proxy",
         Kind::TagRules => {
             "list of `{ pattern = \"…\", ttl = \"…\" }` or `{ pattern = \"…\", immutable = true }`"
         }

@@ -95,7 +95,7 @@ fn shape(kind: Kind) -> Json {
         Kind::Url => url,
         Kind::Urls => json!({ "type": "array", "items": url }),
         Kind::Names | Kind::Hosts | Kind::HostsOrNetworks | Kind::Networks | Kind::Rules => list,
-        Kind::Secret => json!({ "anyOf": [text, only("file"), only("env")] }),
+        Kind::Secret | Kind::Proxy => json!({ "anyOf": [text, only("file"), only("env")] }),
         Kind::TagRules => json!({ "type": "array", "items": {
             "type": "object",
             "properties": {

@@ -17,6 +17,7 @@ use super::tags::{self, TagRule};
 use super::units::{duration_text, parse_duration, parse_size, size_text};
 use crate::policy::rules::Rule;
 use crate::secret::Secret;
+use crate::upstream::Proxy;
 
 /// A value as a source wrote it.
 #[derive(Clone)]
@@ -60,6 +61,8 @@ pub(super) enum Value {
     Texts(Vec<String>),
     /// Where a secret is.
     Secret(SecretSource),
+    /// A proxy, or where its URL is.
+    Proxy(SecretSource),
     /// How long tags of some patterns last.
     TagRules(Vec<TagRule>),
     /// Logins for some repositories.
@@ -110,6 +113,7 @@ impl Written {
             | Kind::Username
             | Kind::Secret
             | Kind::Logins
+            | Kind::Proxy
             | Kind::Choice(_) => {}
         }
         // What does not read as a flag or number is left as text, which its key then refuses.
@@ -179,6 +183,7 @@ impl Value {
             Kind::Rules => written.items(read_rule).map(Self::Texts),
             Kind::Username => read_username(written.text("a string")?).map(Self::Text),
             Kind::Secret => read_secret(written).map(Self::Secret),
+            Kind::Proxy => read_proxy(written).map(Self::Proxy),
             Kind::TagRules => tags::read(written).map(Self::TagRules),
             Kind::Logins => logins::read(written).map(Self::Logins),
             Kind::Choice(words) => read_choice(words, written.text("a string")?),
@@ -188,7 +193,7 @@ impl Value {
     /// Where the secrets in it are.
     pub(super) fn secrets(&self) -> Vec<&SecretSource> {
         match self {
-            Self::Secret(source) => vec![source],
+            Self::Secret(source) | Self::Proxy(source) => vec![source],
             Self::Logins(logins) => logins.iter().map(|login| &login.password).collect(),
             Self::Address(_)
             | Self::Path(_)
@@ -217,7 +222,8 @@ impl Value {
             Self::Url(url) => quoted(url_text(url)),
             Self::Urls(urls) => array(urls.iter().map(url_text)),
             Self::Texts(texts) => array(texts.iter()),
-            Self::Secret(_) => quoted("***"),
+            Self::Proxy(SecretSource::Text(text)) => quoted(&proxy_text(text.expose())),
+            Self::Secret(_) | Self::Proxy(_) => quoted("***"),
             Self::TagRules(rules) => tags::literal(rules),
             Self::Logins(logins) => logins::literal(logins),
         }
@@ -245,10 +251,22 @@ typed!(
     Url Url,
     Urls Vec<Url>,
     Texts Vec<String>,
-    Secret SecretSource,
     TagRules Vec<TagRule>,
     Logins Vec<PrefixLogin>,
 );
+
+impl Typed for SecretSource {
+    fn of(value: &Value) -> Option<&Self> {
+        if let Value::Secret(source) | Value::Proxy(source) = value {
+            Some(source)
+        } else {
+            None
+        }
+    }
+}
+
+/// What a proxy's key says to do without one.
+pub(super) const NO_PROXY: &str = "none";
 
 const A_DURATION: &str = "a string like \"1m\"";
 const A_SECRET: &str = "a string, { file = \"…\" } or { env = \"…\" }";
@@ -344,6 +362,25 @@ pub(super) fn read_secret(written: &Written) -> Result<SecretSource, String> {
         Written::Integer(_) | Written::Flag(_) | Written::List(_) | Written::Other(_) => {
             Err(written.unlike(A_SECRET))
         }
+    }
+}
+
+fn read_proxy(written: &Written) -> Result<SecretSource, String> {
+    let source = read_secret(written)?;
+    match &source {
+        SecretSource::Text(text) if text.expose() != NO_PROXY => {
+            let parsed = text.expose().parse::<Proxy>();
+            parsed.map_err(|error| error.to_string()).map(|_| source)
+        }
+        SecretSource::Text(_) | SecretSource::File(_) | SecretSource::Variable(_) => Ok(source),
+    }
+}
+
+/// A proxy without its login.
+fn proxy_text(text: &str) -> String {
+    match text.parse::<Proxy>() {
+        Ok(proxy) => proxy.masked(),
+        Err(_none) => NO_PROXY.to_owned(),
     }
 }
 

@@ -163,6 +163,7 @@ fn connected(id: &UpstreamId, registry: &Registry, metrics: &Metrics) -> Arc<Ups
         redirect_hosts: Vec::new(),
         trusted_networks: Vec::new(),
         ca_file: None,
+        proxy: None,
         own_addresses: Vec::new(),
         user_agent: "oci-remote-cache/test".into(),
         offline: upstream::Offline::default(),

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use hyper::header::{
     AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT,
@@ -15,12 +16,14 @@ use oci::{ErrorCode, NamePath, Route, Target};
 use super::body::Body;
 use super::doorman::{Certified, Doorman, unauthorized};
 use super::failure;
+use super::fair::Pace;
 use super::listen::Handler;
 use super::observe::Outcome;
 use super::problem::Problem;
 use super::{blob, listing, manifest};
 use crate::cache::Cache;
 use crate::deadline::Deadline;
+use crate::metrics::{Limited, Metrics};
 use crate::names::UpstreamId;
 use crate::policy::{Client, Door, Grant, Names, Rules, admit};
 use crate::verdict::{Assurance, Verdict};
@@ -39,10 +42,10 @@ pub type Aside = Box<dyn Fn(&str) -> Option<Response<Body>> + Send + Sync>;
 
 /// Answers clients.
 pub struct Registry {
-    cache: Cache,
-    names: Names,
+    pub(super) cache: Cache,
+    pub(super) names: Names,
     aside: Aside,
-    gate: Gate,
+    pub(super) gate: Gate,
     catalog: Catalog,
 }
 
@@ -55,6 +58,10 @@ pub struct Gate {
     pub rules: Rules,
     /// Upstreams to which clients show their own logins.
     pub by_login: HashSet<UpstreamId>,
+    /// Says how many requests they may make.
+    pub pace: Option<Pace>,
+    /// Where it is counted that they made more.
+    pub metrics: Metrics,
 }
 
 /// Whether the names of cached repositories are told.
@@ -88,6 +95,20 @@ pub struct Answer {
     pub assurance: Assurance,
 }
 
+impl Gate {
+    /// Counts a request, and refuses it where its address has made too many.
+    fn enter(&self, peer: SocketAddr) -> Result<(), Problem> {
+        let Some(pace) = &self.pace else {
+            return Ok(());
+        };
+        pace.enter(peer.ip()).map_err(|wait| {
+            self.metrics.limited(Limited::Requests);
+            let message = "your address asks more often than this cache allows";
+            Problem::too_many_requests(message, wait.max(Duration::from_secs(1)))
+        })
+    }
+}
+
 impl Registry {
     /// Answers from `cache`, by `names`; `aside` answers what lies outside the registry's API.
     pub fn new(cache: Cache, names: Names, aside: Aside, gate: Gate) -> Self {
@@ -110,11 +131,16 @@ impl Registry {
     }
 
     async fn answer(&self, parts: &Parts, peer: SocketAddr) -> Response<Body> {
-        if parts.method != Method::GET && parts.method != Method::HEAD {
+        let work = self.gate.rules.door() == Door::Kept
+            && (parts.method == Method::DELETE || parts.method == Method::POST);
+        if !work && parts.method != Method::GET && parts.method != Method::HEAD {
             return refused(Problem::method_not_allowed(), "other");
         }
-        if let Some(response) = (self.aside)(parts.uri.path()) {
+        if !work && let Some(response) = (self.aside)(parts.uri.path()) {
             return with_outcome(response, Outcome::none("health"));
+        }
+        if let Err(problem) = self.gate.enter(peer) {
+            return refused(problem, "other");
         }
         let client = match self.client(parts, peer).await {
             Ok(client) => client,
@@ -122,6 +148,7 @@ impl Registry {
         };
         let name = client.name.clone();
         let mut response = match Route::parse(parts.uri.path(), parts.uri.query()) {
+            _ if work => Box::pin(self.work(parts, (client, peer))).await,
             Ok(route) => self.routed(route, parts, (client, peer)).await,
             Err(error) => refused(failure::of_route(&error), "other"),
         };
@@ -148,6 +175,22 @@ impl Registry {
         })
     }
 
+    /// The client with the login it shows, where that is the upstream's to judge.
+    pub(super) fn with_login(
+        &self,
+        upstream: &UpstreamId,
+        parts: &Parts,
+        client: Client,
+    ) -> Client {
+        let takes_logins = self.gate.by_login.contains(upstream);
+        Client {
+            login: takes_logins
+                .then(|| self.gate.doorman.login_shown(&parts.headers))
+                .flatten(),
+            ..client
+        }
+    }
+
     async fn routed(
         &self,
         route: Route,
@@ -167,13 +210,7 @@ impl Registry {
                 Err(unknown) => return refused(failure::of_name(&unknown), kind),
             };
         let upstream = resolved.upstream.clone();
-        let takes_logins = self.gate.by_login.contains(&upstream);
-        let client = Client {
-            login: takes_logins
-                .then(|| self.gate.doorman.login_shown(&parts.headers))
-                .flatten(),
-            ..client
-        };
+        let client = self.with_login(&upstream, parts, client);
         let grant = admit(
             &self.gate.rules,
             client,
@@ -264,6 +301,7 @@ impl Request<'_> {
                 page,
                 ..
             } => listing::referrers(self, route, (digest, artifact_type.as_deref(), page)).await,
+            Target::Warm { .. } => Err(Problem::method_not_allowed()),
             Target::Base | Target::Catalog { .. } => Ok(Answer::plain(base())),
         }
     }
@@ -350,11 +388,11 @@ fn base() -> Response<Body> {
     response
 }
 
-fn refused(problem: Problem, kind: &'static str) -> Response<Body> {
+pub(super) fn refused(problem: Problem, kind: &'static str) -> Response<Body> {
     with_outcome(problem.into_response(), Outcome::none(kind))
 }
 
-fn with_outcome(mut response: Response<Body>, outcome: Outcome) -> Response<Body> {
+pub(super) fn with_outcome(mut response: Response<Body>, outcome: Outcome) -> Response<Body> {
     if let Some(status) = outcome.verdict.cache_status(outcome.assurance) {
         set(response.headers_mut(), CACHE_STATUS, &status);
     }
@@ -362,7 +400,7 @@ fn with_outcome(mut response: Response<Body>, outcome: Outcome) -> Response<Body
     response
 }
 
-fn kind(target: &Target) -> &'static str {
+pub(super) fn kind(target: &Target) -> &'static str {
     match target {
         Target::Base => "base",
         Target::Manifest { .. } => "manifest",
@@ -370,15 +408,17 @@ fn kind(target: &Target) -> &'static str {
         Target::Tags { .. } => "tags",
         Target::Referrers { .. } => "referrers",
         Target::Catalog { .. } => "catalog",
+        Target::Warm { .. } => "warm",
     }
 }
 
-fn name(target: &Target) -> Option<&NamePath> {
+pub(super) fn name(target: &Target) -> Option<&NamePath> {
     match target {
         Target::Manifest { name, .. }
         | Target::Blob { name, .. }
         | Target::Tags { name, .. }
-        | Target::Referrers { name, .. } => Some(name),
+        | Target::Referrers { name, .. }
+        | Target::Warm { name, .. } => Some(name),
         Target::Base | Target::Catalog { .. } => None,
     }
 }

@@ -9,6 +9,7 @@ use oci::{ErrorCode, ManifestError, RouteError};
 
 use super::doorman;
 use super::problem::{Problem, Status};
+use crate::cache::warm::WarmError;
 use crate::cache::{CacheError, Fault, FillError, Thing, UpstreamError};
 use crate::names::Source;
 use crate::policy::{Refusal, Unknown};
@@ -47,7 +48,7 @@ pub fn of_name(unknown: &Unknown) -> Problem {
 pub fn of_refusal(refusal: Refusal) -> Problem {
     match refusal {
         Refusal::LogIn => doorman::unauthorized(&refusal.to_string()),
-        Refusal::Denied => Problem::denied(refusal.to_string()),
+        Refusal::Denied | Refusal::NotLicensed(_) => Problem::denied(refusal.to_string()),
     }
 }
 
@@ -55,9 +56,9 @@ pub fn of_refusal(refusal: Refusal) -> Problem {
 pub fn of_cache(error: &CacheError) -> Problem {
     let message = error.to_string();
     match error {
-        CacheError::Unknown { thing, .. } | CacheError::NotHeld { thing, .. } => {
-            Problem::not_found(code_of(*thing), message)
-        }
+        CacheError::Unknown { thing, .. }
+        | CacheError::NotHeld { thing, .. }
+        | CacheError::NotKept { thing, .. } => Problem::not_found(code_of(*thing), message),
         CacheError::Denied { .. } | CacheError::NotPublic { .. } => Problem::denied(message),
         CacheError::LogIn { .. } => doorman::unauthorized(&message),
         CacheError::Upstream(error) => of_upstream(error),
@@ -71,6 +72,17 @@ pub fn of_cache(error: &CacheError) -> Problem {
         }
         CacheError::Late => Problem::gateway_timeout(message),
         CacheError::Stopping | CacheError::Disk => Problem::unavailable(message, SOON),
+    }
+}
+
+/// An image was not fetched ahead.
+pub fn of_warm(error: &WarmError) -> Problem {
+    let message = error.to_string();
+    match error {
+        WarmError::Cache(error) => of_cache(error),
+        WarmError::GaveWay => Problem::too_many_requests(message, SWITCHED_OFF),
+        WarmError::TooMany => Problem::bad_gateway(ErrorCode::ManifestInvalid, message),
+        WarmError::Stopping => Problem::unavailable(message, SOON),
     }
 }
 

@@ -146,6 +146,7 @@ fn path(route: &Route) -> String {
         | Target::Base
         | Target::Manifest { .. }
         | Target::Blob { .. }
+        | Target::Warm { .. }
         | Target::Catalog { .. } => "tags/list".to_owned(),
     };
     format!("{prefix}/v2/{}/{rest}", name(route))
@@ -182,6 +183,7 @@ fn name(route: &Route) -> &str {
         Target::Tags { name, .. }
         | Target::Referrers { name, .. }
         | Target::Manifest { name, .. }
+        | Target::Warm { name, .. }
         | Target::Blob { name, .. } => name.as_str(),
         Target::Base | Target::Catalog { .. } => "",
     }

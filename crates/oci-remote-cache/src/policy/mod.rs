@@ -8,7 +8,7 @@ pub mod rules;
 
 pub use self::client::{Client, ClientLogin, ClientName};
 pub use self::namespace::{Names, Unknown};
-pub use self::rules::{Door, May, Refusal, Rules};
+pub use self::rules::{Deed, Door, May, Refusal, Rules};
 
 use crate::names::{Source, UpstreamId};
 use oci::RepositoryName;
@@ -19,6 +19,38 @@ pub struct Grant {
     source: Source,
     client: Client,
     may: May,
+}
+
+/// This client may have something of this repository taken back. Only [`permit_purge`] makes one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PurgeLicence {
+    source: Source,
+    client: Client,
+}
+
+/// This client may have something of this repository fetched. Only [`permit_warm`] makes one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WarmLicence {
+    grant: Grant,
+}
+
+impl PurgeLicence {
+    /// Which repository of which upstream.
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
+    /// Who asks.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+}
+
+impl WarmLicence {
+    /// The grant under which things are fetched; what is fetched is not shown to the client.
+    pub fn grant(&self) -> &Grant {
+        &self.grant
+    }
 }
 
 impl Grant {
@@ -52,4 +84,33 @@ pub fn admit(
         client,
         may,
     })
+}
+
+/// Lets a client have something taken back, if the rules allow it.
+pub fn permit_purge(
+    rules: &Rules,
+    client: Client,
+    upstream: UpstreamId,
+    repository: RepositoryName,
+) -> Result<PurgeLicence, Refusal> {
+    let source = Source::new(upstream, repository);
+    rules.permit(client.name.as_ref(), &source, Deed::Purge)?;
+    Ok(PurgeLicence { source, client })
+}
+
+/// Lets a client have something fetched, if the rules allow it.
+pub fn permit_warm(
+    rules: &Rules,
+    client: Client,
+    upstream: UpstreamId,
+    repository: RepositoryName,
+) -> Result<WarmLicence, Refusal> {
+    let source = Source::new(upstream, repository);
+    rules.permit(client.name.as_ref(), &source, Deed::Warm)?;
+    let grant = Grant {
+        source,
+        client,
+        may: May::Pull,
+    };
+    Ok(WarmLicence { grant })
 }

@@ -1,7 +1,8 @@
 //! Which client may do what with which repositories: the operator's rules, read from above, the first that fits decides.
 //!
 //! A rule is three words: `ci pull ghcr.io/acme/**`. Who: a client's name, `*` for every client with a name, `anonymous` for those
-//! without. What: `pull`, `pull-cached` (only what is held already, without asking the upstream) or `deny`. Where: an upstream's key and a
+//! without. What: `pull`, `pull-cached` (only what is held already, without asking the upstream), `warm` (have something fetched), `purge`
+//! (have something taken back), several joined by `+`, or `deny`. Where: an upstream's key and a
 //! repository, in which `*` stands for any text without a slash and `**` for any number of segments. Pure.
 
 use std::fmt;
@@ -19,11 +20,20 @@ pub enum May {
     PullCached,
 }
 
+/// What else a client may have done to a repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Deed {
+    /// Something fetched that nobody waits for.
+    Warm,
+    /// Something taken back that is held.
+    Purge,
+}
+
 /// One rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     who: Who,
-    may: Option<May>,
+    what: What,
     place: Pattern,
 }
 
@@ -53,6 +63,16 @@ pub enum Refusal {
     /// No rule allows it.
     #[error("no rule of this cache lets you pull this")]
     Denied,
+    /// No rule allows to have this done.
+    #[error("no rule of this cache lets you {} this", .0.as_str())]
+    NotLicensed(Deed),
+}
+
+/// All that one rule lets a client do; nothing is `deny`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct What {
+    may: Option<May>,
+    deeds: Vec<Deed>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,9 +108,24 @@ impl Rules {
             _ => Refusal::Denied,
         };
         match self.rules.iter().find(fits) {
-            Some(rule) => rule.may.ok_or(refusal),
+            Some(rule) => rule.what.may.ok_or(refusal),
             None if self.rules.is_empty() && refusal == Refusal::Denied => Ok(May::Pull),
             None => Err(refusal),
+        }
+    }
+
+    /// Whether `client` may have this done to `source`. Without rules nobody may.
+    pub fn permit(
+        &self,
+        client: Option<&ClientName>,
+        source: &Source,
+        deed: Deed,
+    ) -> Result<(), Refusal> {
+        let fits = |rule: &&Rule| rule.who.is(client) && rule.place.fits(source);
+        match self.rules.iter().find(fits) {
+            Some(rule) if rule.what.deeds.contains(&deed) => Ok(()),
+            _ if client.is_none() && self.door == Door::Kept => Err(Refusal::LogIn),
+            _ => Err(Refusal::NotLicensed(deed)),
         }
     }
 
@@ -102,6 +137,61 @@ impl Rules {
     /// Whether someone who shows no name may be let in at all.
     pub fn admits_anonymous(&self) -> bool {
         self.door == Door::Open || self.rules.iter().any(|rule| rule.who == Who::Anonymous)
+    }
+}
+
+impl Deed {
+    /// Its word.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Warm => "warm",
+            Self::Purge => "purge",
+        }
+    }
+}
+
+impl What {
+    fn parse(text: &str) -> Result<Self, &'static str> {
+        if text == "deny" {
+            return Ok(Self::default());
+        }
+        let mut what = Self::default();
+        for word in text.split('+') {
+            let (may, deed) = match word {
+                "pull" => (Some(May::Pull), None),
+                "pull-cached" => (Some(May::PullCached), None),
+                "warm" => (None, Some(Deed::Warm)),
+                "purge" => (None, Some(Deed::Purge)),
+                _ => {
+                    return Err(
+                        "the second word must be deny, or pull, pull-cached, warm, purge joined by +",
+                    );
+                }
+            };
+            let twice = (may.is_some() && what.may.is_some())
+                || deed.is_some_and(|deed| what.deeds.contains(&deed));
+            if twice {
+                return Err("the second word says the same thing twice");
+            }
+            what.may = what.may.or(may);
+            what.deeds.extend(deed);
+        }
+        Ok(what)
+    }
+}
+
+impl fmt::Display for What {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let may = self.may.map(|may| match may {
+            May::Pull => "pull",
+            May::PullCached => "pull-cached",
+        });
+        let deeds = self.deeds.iter().map(|deed| deed.as_str());
+        let words: Vec<&str> = may.into_iter().chain(deeds).collect();
+        if words.is_empty() {
+            return f.write_str("deny");
+        }
+        f.write_str(&words.join("+"))
     }
 }
 
@@ -175,17 +265,13 @@ impl FromStr for Rule {
             why,
         };
         let words: Vec<&str> = text.split_ascii_whitespace().collect();
-        let &[who, may, place] = words.as_slice() else {
+        let &[who, what, place] = words.as_slice() else {
             return Err(bad("it must be three words: who, what, where"));
         };
-        let may = match may {
-            "pull" => Some(May::Pull),
-            "pull-cached" => Some(May::PullCached),
-            "deny" => None,
-            _ => {
-                return Err(bad("the second word must be pull, pull-cached or deny"));
-            }
-        };
+        let what = What::parse(what).map_err(bad)?;
+        if who == "anonymous" && !what.deeds.is_empty() {
+            return Err(bad("warm and purge are for clients with a name"));
+        }
         let segments: Vec<String> = place.split('/').map(str::to_owned).collect();
         if segments.iter().any(String::is_empty) {
             return Err(bad("the place must be an upstream and a repository"));
@@ -205,7 +291,7 @@ impl FromStr for Rule {
                 "anonymous" => Who::Anonymous,
                 name => Who::Named(name.to_owned()),
             },
-            may,
+            what,
             place: Pattern(segments),
         })
     }
@@ -218,12 +304,7 @@ impl fmt::Display for Rule {
             Who::AnyoneNamed => "*",
             Who::Anonymous => "anonymous",
         };
-        let may = match self.may {
-            Some(May::Pull) => "pull",
-            Some(May::PullCached) => "pull-cached",
-            None => "deny",
-        };
-        write!(f, "{who} {may} {}", self.place.0.join("/"))
+        write!(f, "{who} {} {}", self.what, self.place.0.join("/"))
     }
 }
 
@@ -330,6 +411,10 @@ mod tests {
             ("", "three words"),
             ("ci pull", "three words"),
             ("ci push quay.io/**", "second word"),
+            ("ci pull+deny quay.io/**", "second word"),
+            ("ci pull+pull-cached quay.io/**", "twice"),
+            ("ci warm+warm quay.io/**", "twice"),
+            ("anonymous purge quay.io/**", "with a name"),
             ("ci pull quay.io//x", "an upstream and a repository"),
             ("ci pull quay.io/a**", "segment of its own"),
             ("ci pull */*/*/*/*/*/*/*/*/*", "eight stars"),
@@ -339,5 +424,41 @@ mod tests {
         }
         let rule: Rule = " ci\tpull  quay.io/** ".parse().unwrap();
         assert_eq!(rule.to_string(), "ci pull quay.io/**");
+        let rule: Rule = "ci warm+pull+purge quay.io/**".parse().unwrap();
+        assert_eq!(rule.to_string(), "ci pull+warm+purge quay.io/**");
+    }
+
+    #[test]
+    fn the_first_rule_that_fits_decides_about_deeds_too() {
+        let rules = rules(
+            &[
+                "ci pull+warm quay.io/acme/**",
+                "ci purge quay.io/**",
+                "* pull **",
+            ],
+            Door::Kept,
+        );
+        let (ci, other) = (ClientName::new("ci"), ClientName::new("other"));
+        let none = |deed| Err(Refusal::NotLicensed(deed));
+        for (client, place, deed, outcome) in [
+            (Some(&ci), "quay.io/acme/x", Deed::Warm, Ok(())),
+            (Some(&ci), "quay.io/acme/x", Deed::Purge, none(Deed::Purge)),
+            (Some(&ci), "quay.io/x", Deed::Purge, Ok(())),
+            (Some(&ci), "quay.io/x", Deed::Warm, none(Deed::Warm)),
+            (Some(&other), "quay.io/x", Deed::Purge, none(Deed::Purge)),
+            (None, "quay.io/x", Deed::Purge, Err(Refusal::LogIn)),
+        ] {
+            let permitted = rules.permit(client, &source(place), deed);
+            assert_eq!(permitted, outcome, "{client:?} {place} {deed:?}");
+        }
+        assert_eq!(
+            rules.decide(Some(&ci), &source("quay.io/x")),
+            Err(Refusal::Denied)
+        );
+        let open = Rules::new(Vec::new(), Door::Open);
+        assert!(
+            open.permit(None, &source("quay.io/x"), Deed::Purge)
+                .is_err()
+        );
     }
 }

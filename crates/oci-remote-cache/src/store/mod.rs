@@ -203,6 +203,21 @@ impl Store {
         Ok(was_there)
     }
 
+    /// [`Store::admit`] for bytes that a repository holds. Where it was taken back from it meanwhile the blob goes again.
+    pub async fn admit_held(
+        &self,
+        verified: Verified,
+        room: Option<Reservation>,
+    ) -> Result<(), StoreError> {
+        let digest = *verified.digest();
+        self.admit(verified, room).await?;
+        // Where the catalog cannot tell, the blob stays; a failure to remove it is counted, and it may be evicted.
+        if matches!(self.shared.catalog.is_held(&digest), Ok(false)) {
+            self.remove(&digest).await.ok();
+        }
+        Ok(())
+    }
+
     /// Hashes a stored blob, whatever is recorded of it. A damaged one is removed.
     pub async fn check(&self, digest: &Digest) -> Health {
         let Some(stored) = self.shared.usage.get(digest) else {

@@ -1,9 +1,10 @@
 //! Connections: clients by class and lane, a resolver that lets through only what the guard allows, and the TLS set-up.
 //!
-//! No proxy variables, no redirects, no decoding, no `Referer`: each of them would undo a rule that is kept elsewhere. What may be
+//! No proxy but the configured one, no redirects, no decoding, no `Referer`: each of them would undo a rule that is kept elsewhere. What may be
 //! connected to is decided in `guard.rs`.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::Path;
@@ -16,6 +17,7 @@ use tokio::time::Instant;
 
 use super::error::{Fault, SetupError};
 use super::guard::{Class, Refusal, Rules};
+use super::proxy::{Proxy, Screen};
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const IDLE_LIMIT: Duration = Duration::from_secs(15);
@@ -45,17 +47,21 @@ pub(super) struct Reach {
     /// The rules without the class, which is found out later.
     rules: Rules,
     roots: Vec<Certificate>,
+    proxy: Option<Proxy>,
     class: Mutex<Option<(Class, Instant)>>,
     /// A pool for each class, so that no connection opened under laxer rules is used under stricter ones.
     doors: Mutex<HashMap<Class, Door>>,
 }
 
 /// The clients and rules of one class.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Door {
     pub(super) rules: Arc<Rules>,
     blobs: Client,
     small: Client,
+    /// Where requests go first.
+    pub(super) proxy: Option<Proxy>,
+    screen: Arc<Screen>,
 }
 
 /// Resolves names and keeps only the addresses that the rules allow.
@@ -116,11 +122,12 @@ pub(super) fn is_local(address: IpAddr) -> bool {
 }
 
 impl Reach {
-    pub(super) fn new(rules: Rules, roots: Vec<Certificate>) -> Self {
+    pub(super) fn new(rules: Rules, roots: Vec<Certificate>, proxy: Option<Proxy>) -> Self {
         install_crypto();
         Self {
             rules,
             roots,
+            proxy,
             class: Mutex::default(),
             doors: Mutex::default(),
         }
@@ -156,14 +163,23 @@ impl Reach {
         );
         let Ok(Ok(found)) = found.await else {
             // Without an answer there will be no connection either; until then the strictest class does no harm.
-            return held.map_or(Class::Public, |(class, _since)| class);
+            let class = held.map_or(Class::Public, |(class, _since)| class);
+            if self.proxy.is_some() {
+                // A proxy may know the name all the same: no waiting for each request.
+                self.note(class);
+            }
+            return class;
         };
         let addresses: Vec<IpAddr> = found.map(|address| address.ip()).collect();
         let class = Class::of(&addresses);
+        self.note(class);
+        class
+    }
+
+    fn note(&self, class: Class) {
         if let Ok(mut held) = self.class.lock() {
             *held = Some((class, Instant::now()));
         }
-        class
     }
 
     fn open(&self, class: Class) -> reqwest::Result<Door> {
@@ -174,6 +190,8 @@ impl Reach {
         Ok(Door {
             blobs: self.client(&rules, ClientBuilder::http1_only)?,
             small: self.client(&rules, |builder| builder)?,
+            proxy: self.proxy.clone(),
+            screen: Arc::default(),
             rules,
         })
     }
@@ -183,26 +201,56 @@ impl Reach {
         rules: &Arc<Rules>,
         lane: fn(ClientBuilder) -> ClientBuilder,
     ) -> reqwest::Result<Client> {
-        let trusting = lane(plain_builder(rules)).tls_certs_merge(self.roots.iter().cloned());
+        let proxy = self.proxy.as_ref().map(Proxy::for_client).transpose()?;
+        let plain = || match &proxy {
+            Some(proxy) => lane(plain_builder(rules)).proxy(proxy.clone()),
+            None => lane(plain_builder(rules)),
+        };
+        let trusting = plain().tls_certs_merge(self.roots.iter().cloned());
         trusting.build().or_else(|error| {
             // A machine without certificates can still reach http:// registries, and https:// ones by their ca_file.
             tracing::warn!(target: "upstream", error = root_cause(&error), "no system trust roots");
-            lane(plain_builder(rules))
-                .tls_certs_only(self.roots.iter().cloned())
-                .build()
+            plain().tls_certs_only(self.roots.iter().cloned()).build()
         })
     }
 }
 
 impl Door {
     /// Sends `request`; the caller bounds the time.
-    pub(super) async fn execute(&self, lane: Lane, request: Request) -> reqwest::Result<Response> {
+    pub(super) async fn execute(&self, lane: Lane, request: Request) -> Result<Response, Fault> {
+        if self.proxy.as_ref().is_some_and(Proxy::resolves) {
+            let screened = self.screen.admit(&self.rules, request.url()).await;
+            screened.map_err(|refusal| Fault::Forbidden(refusal.to_string()))?;
+        }
+        let sent = self.send(lane, request).await;
+        let response = sent.map_err(|error| fault_of(&error, self.proxy.as_ref()))?;
+        match &self.proxy {
+            // What refuses us is the proxy; to the registry nothing was said.
+            Some(proxy) if response.status().as_u16() == 407 => Err(Fault::Connect(format!(
+                "the proxy {proxy} does not take our login"
+            ))),
+            Some(_) | None => Ok(response),
+        }
+    }
+
+    async fn send(&self, lane: Lane, request: Request) -> reqwest::Result<Response> {
         let client = match lane {
             Lane::Blobs => &self.blobs,
             Lane::Small => &self.small,
         };
         let port = request.url().port_or_known_default().unwrap_or_default();
         PORT.scope(port, client.execute(request)).await
+    }
+}
+
+impl fmt::Debug for Door {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A client prints its proxy, password and all.
+        let mut shown = f.debug_struct("Door");
+        shown
+            .field("rules", &self.rules)
+            .field("proxy", &self.proxy);
+        shown.finish_non_exhaustive()
     }
 }
 
@@ -226,8 +274,26 @@ pub(super) fn root_cause(error: &reqwest::Error) -> String {
     text
 }
 
+/// What a request that got no response headers died of.
+fn fault_of(error: &reqwest::Error, proxy: Option<&Proxy>) -> Fault {
+    if let Some(refusal) = refusal(error) {
+        return Fault::Forbidden(refusal);
+    }
+    let cause = match proxy {
+        Some(proxy) => format!("through the proxy {proxy}: {}", root_cause(error)),
+        None => root_cause(error),
+    };
+    if error.is_connect() || error.is_dns() {
+        return Fault::Connect(cause);
+    }
+    if error.is_timeout() {
+        return Fault::Late;
+    }
+    Fault::Broken(cause)
+}
+
 /// The guard's refusal, if that is why a request failed.
-pub(super) fn refusal(error: &reqwest::Error) -> Option<String> {
+fn refusal(error: &reqwest::Error) -> Option<String> {
     let mut cause = std::error::Error::source(error);
     while let Some(inner) = cause {
         if let Some(refusal) = inner.downcast_ref::<Refusal>() {
@@ -260,7 +326,11 @@ async fn resolve(
     name: &str,
     port: u16,
 ) -> Result<Addrs, Box<dyn std::error::Error + Send + Sync>> {
+    let name = name.trim_start_matches('[').trim_end_matches(']');
     let found = tokio::net::lookup_host((name, port)).await?;
+    if rules.is_proxy(name) {
+        return Ok(Box::new(found.collect::<Vec<_>>().into_iter()));
+    }
     let mut allowed = Vec::new();
     let mut refused = None;
     for address in found {

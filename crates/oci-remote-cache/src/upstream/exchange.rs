@@ -12,7 +12,7 @@ use reqwest::{Request, Response};
 use tokio::time::Instant;
 use url::Url;
 
-use super::connect::{Door, Lane, refusal, root_cause};
+use super::connect::{Door, Lane};
 use super::error::Fault;
 use super::{rate, trace};
 use crate::clock::Clock;
@@ -75,7 +75,7 @@ impl Wire {
         let sent = limit.run(Box::pin(door.execute(lane, request))).await;
         let result = match sent {
             Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(fault_of(&error)),
+            Ok(Err(fault)) => Err(fault),
             Err(_late) => Err(Fault::Late),
         };
         let outcome = match &result {
@@ -177,21 +177,6 @@ impl Reply {
 pub(super) enum Whole {
     Yes,
     No(&'static str),
-}
-
-/// What a request that got no response headers died of.
-fn fault_of(error: &reqwest::Error) -> Fault {
-    if let Some(refusal) = refusal(error) {
-        return Fault::Forbidden(refusal);
-    }
-    let cause = root_cause(error);
-    if error.is_connect() || error.is_dns() {
-        return Fault::Connect(cause);
-    }
-    if error.is_timeout() {
-        return Fault::Late;
-    }
-    Fault::Broken(cause)
 }
 
 /// The word under which an exchange without an answer is counted.

@@ -59,6 +59,19 @@ impl Network {
     }
 }
 
+impl HostOrNetwork {
+    /// Whether this names `host` at `port`; a network names nobody.
+    pub fn names(&self, host: &str, port: u16) -> bool {
+        match self {
+            Self::Host {
+                host: ours,
+                port: only,
+            } => ours.eq_ignore_ascii_case(host) && only.is_none_or(|only| only == port),
+            Self::Network(_) => false,
+        }
+    }
+}
+
 impl RealmHost {
     /// Whether this names `host` at `port`.
     pub fn names(&self, host: &str, port: u16) -> bool {

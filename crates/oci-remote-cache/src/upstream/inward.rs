@@ -19,6 +19,7 @@ pub fn try_leading_inward(text: &str) {
         named: Vec::new(),
         trusted: Vec::new(),
         listeners: Vec::new(),
+        proxy: None,
         is_local: super::connect::is_local,
     };
     let Ok(next) = Trail::from(&base).step(&base, text) else {

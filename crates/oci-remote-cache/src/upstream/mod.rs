@@ -20,6 +20,7 @@ mod logins;
 mod meter;
 mod offline;
 mod place;
+mod proxy;
 mod rate;
 mod redirect;
 mod request;
@@ -68,6 +69,7 @@ pub use self::keyring::{Keyring, Login, Password};
 pub use self::logins::{LoginFile, Logins};
 pub use self::meter::Strain;
 pub use self::offline::{Offline, Switch};
+pub use self::proxy::{Proxy, ProxyError};
 pub use self::request::{Ask, Method, Resource};
 
 /// What an operator configured for one upstream.
@@ -87,6 +89,8 @@ pub struct Settings {
     pub redirect_hosts: Vec<HostOrNetwork>,
     /// Networks that every upstream may send us to.
     pub trusted_networks: Vec<Network>,
+    /// Through which all of it is asked.
+    pub proxy: Option<Proxy>,
     /// Extra trust roots in PEM form.
     pub ca_file: Option<PathBuf>,
     /// Our own listeners, which are never a target.
@@ -245,6 +249,7 @@ fn open(
         named: settings.redirect_hosts.clone(),
         trusted: settings.trusted_networks.clone(),
         listeners: settings.own_addresses.clone(),
+        proxy: settings.proxy.as_ref().map(Proxy::host),
         is_local: connect::is_local,
     };
     Ok(Place {
@@ -252,7 +257,7 @@ fn open(
         keyring: Keyring::default(),
         token_realms: settings.token_realms.clone(),
         wire: wire.clone(),
-        reach: Reach::new(rules, roots.to_vec()),
+        reach: Reach::new(rules, roots.to_vec(), settings.proxy.clone()),
         learned: Learned::new(),
         tokens: Tokens::default(),
         gate: Gate::default(),

@@ -52,6 +52,7 @@ impl Bench {
             redirect_hosts: Vec::new(),
             trusted_networks: Vec::new(),
             ca_file: None,
+            proxy: None,
             own_addresses: Vec::new(),
             user_agent: "oci-remote-cache/test".into(),
             offline: super::Offline::default(),

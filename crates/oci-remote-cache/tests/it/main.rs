@@ -14,6 +14,8 @@ mod clients;
 #[cfg(test)]
 mod contract;
 #[cfg(test)]
+mod deeds;
+#[cfg(test)]
 mod durable;
 #[cfg(test)]
 mod dying_disk;
@@ -30,6 +32,8 @@ mod floors;
 #[cfg(test)]
 mod freshness;
 #[cfg(test)]
+mod inward;
+#[cfg(test)]
 mod leaks;
 #[cfg(test)]
 mod listings;
@@ -42,6 +46,8 @@ mod never_worse;
 #[cfg(test)]
 mod once;
 #[cfg(test)]
+mod proxies;
+#[cfg(test)]
 mod ranges;
 #[cfg(test)]
 mod redirects;
@@ -49,6 +55,8 @@ mod redirects;
 mod routing;
 #[cfg(test)]
 mod serving;
+#[cfg(test)]
+mod shares;
 #[cfg(test)]
 mod stage;
 #[cfg(test)]

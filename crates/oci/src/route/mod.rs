@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 
+use crate::descriptor::Platform;
 use crate::digest::{AnyDigest, DigestError};
 use crate::error::ErrorCode;
 use crate::name::{NameError, NamePath, is_key};
@@ -65,6 +66,17 @@ pub enum Target {
         artifact_type: Option<String>,
         /// What part of the list.
         page: Page,
+    },
+    /// Our extension: have an image fetched (`/v2/<name>/_oci-remote-cache/warm/<reference>`).
+    Warm {
+        /// Where.
+        name: NamePath,
+        /// What.
+        reference: Reference,
+        /// Of an index, what is for this.
+        platform: Option<Platform>,
+        /// Whether the client waits for the end.
+        wait: bool,
     },
     /// The list of repositories.
     Catalog {
@@ -142,10 +154,13 @@ impl Target {
             _ => {}
         }
         let (name, verb, last) = split_end(rest).ok_or_else(|| no_endpoint(rest))?;
-        match (verb, last) {
-            ("manifests" | "blobs" | "referrers", _) | ("tags", "list") => {}
-            _ => return Err(no_endpoint(rest)),
-        }
+        // No repository's name has a segment that begins so, as the specification wants of extensions.
+        let name = match (verb, last) {
+            ("manifests" | "blobs" | "referrers", _) | ("tags", "list") => Some(name),
+            ("warm", _) => name.strip_suffix("/_oci-remote-cache"),
+            _ => None,
+        };
+        let name = name.ok_or_else(|| no_endpoint(rest))?;
         // A repository called plain `v2` can be asked for; one below `v2/` cannot be told from the mistake.
         if name.starts_with("v2/") {
             return Err(RouteError::DoubledV2);
@@ -165,6 +180,12 @@ impl Target {
                 digest: last.parse()?,
                 artifact_type: query.text("artifactType", VALUE_LIMIT)?,
                 page: query.page()?,
+            }),
+            "warm" => Ok(Self::Warm {
+                name,
+                reference: read_reference(last)?,
+                platform: query.platform()?,
+                wait: query.raw("wait") == Some("true"),
             }),
             _ => Ok(Self::Tags {
                 name,
@@ -263,6 +284,13 @@ impl<'a> Query<'a> {
         decode_value(raw, limit)
             .map(Some)
             .ok_or_else(|| RouteError::Encoding(format!("illegal value of `{name}`")))
+    }
+
+    fn platform(self) -> Result<Option<Platform>, RouteError> {
+        let illegal = || RouteError::Encoding("illegal value of `platform`".to_owned());
+        let text = self.text("platform", VALUE_LIMIT)?;
+        text.map(|text| Platform::parse(&text).ok_or_else(illegal))
+            .transpose()
     }
 
     fn page(self) -> Result<Page, RouteError> {

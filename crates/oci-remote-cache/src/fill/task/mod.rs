@@ -178,7 +178,7 @@ async fn publish(
         progress.size = Some(size);
         progress.phase = Phase::Verified;
     });
-    if let Err(error) = fills.store.admit(verified, room).await {
+    if let Err(error) = fills.store.admit_held(verified, room).await {
         tracing::warn!(%error, digest = %fill.key.digest, "a finished blob could not be published");
         on_disk(fills, move || spool.discard()).await;
     } else {

@@ -25,10 +25,11 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::body::Body;
+use super::fair::Crowd;
 pub use super::observe::Audience;
 use super::observe::{Chain, Observer};
 use super::sendfile::{self, Patience};
-use crate::metrics::Metrics;
+use crate::metrics::{Limited, Metrics};
 use crate::tasks::Tasks;
 use hygiene::{Ending, finish, refusal};
 pub use socket::{BindError, Listener, connection_limit, raise_open_files};
@@ -39,6 +40,11 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 
 /// A complaint that clients can cause is logged once in so long.
 const SELDOM: Duration = Duration::from_mins(1);
+
+/// What a connection over its address's share is told.
+const CROWDED: &[u8] = b"HTTP/1.1 429 Too Many Requests\r\nContent-Type: application/json\r\nRetry-After: 1\r\n\
+Content-Length: 109\r\nConnection: close\r\n\r\n\
+{\"errors\":[{\"code\":\"TOOMANYREQUESTS\",\"message\":\"your address has as many connections as this cache allows\"}]}";
 
 /// First byte of a TLS handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
@@ -75,7 +81,9 @@ struct Server<H> {
     observer: Arc<Observer>,
     patience: Patience,
     tls: Option<Tls>,
+    crowd: Option<Crowd>,
     tasks: Tasks,
+    crowded: Seldom,
     accept_failed: Seldom,
     tls_spoken: Seldom,
 }
@@ -111,7 +119,7 @@ pub async fn serve<H: Handler>(
     metrics: Metrics,
 ) -> io::Result<()> {
     let (what, address) = (listener.what(), listener.local_addr());
-    let tls = listener.tls();
+    let (tls, crowd) = (listener.tls(), listener.crowd());
     let socket = listener.into_tokio()?;
     let observer = Observer::new(metrics, handler.audience());
     let server = Arc::new(Server {
@@ -119,7 +127,9 @@ pub async fn serve<H: Handler>(
         observer: Arc::new(observer),
         patience: limits.patience,
         tls,
+        crowd,
         tasks: tasks.clone(),
+        crowded: Seldom::default(),
         accept_failed: Seldom::default(),
         tls_spoken: Seldom::default(),
     });
@@ -177,6 +187,10 @@ impl<H: Handler> Server<H> {
     ) {
         let _place = Place::taken(permit, self.observer.counted());
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+        let seat = self.crowd.as_ref().map(|crowd| crowd.enter(peer.ip()));
+        if matches!(seat, Some(None)) {
+            return self.turn_away(stream, peer).await;
+        }
         // Without it the end of each answer would wait for the client's acknowledgement.
         if let Err(error) = stream.set_nodelay(true) {
             debug!(%peer, %error, "the connection is gone");
@@ -192,6 +206,19 @@ impl<H: Handler> Server<H> {
             }
             Some(tls) => self.encrypted(tls, stream, peer).await,
             None => self.plain(first, stream, peer).await,
+        }
+    }
+
+    /// An address that has its share of connections gets no answer to a request, but is told why, where it can read it.
+    async fn turn_away(&self, stream: TcpStream, peer: SocketAddr) {
+        if let Some(metrics) = self.observer.counted() {
+            metrics.limited(Limited::Connections);
+        }
+        if self.crowded.is_due() {
+            warn!(%peer, "an address has all its connections (`clients.max_connections`): further ones are closed");
+        }
+        if self.tls.is_none() {
+            tls::say(stream, CROWDED).await;
         }
     }
 

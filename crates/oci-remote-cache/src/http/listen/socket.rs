@@ -10,6 +10,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::warn;
 
 use super::tls::Tls;
+use crate::http::fair::Crowd;
 
 /// Connections the kernel holds while the table is full; it cuts the number to its own limit.
 const BACKLOG: i32 = 4096;
@@ -30,6 +31,7 @@ pub struct Listener {
     address: SocketAddr,
     what: &'static str,
     tls: Option<Tls>,
+    crowd: Option<Crowd>,
 }
 
 /// The address of a configuration key cannot be listened on.
@@ -101,7 +103,18 @@ impl Listener {
             address,
             what,
             tls: None,
+            crowd: None,
         })
+    }
+
+    /// The same, with a limit for each client address.
+    #[must_use]
+    pub fn with_crowd(self, crowd: Option<Crowd>) -> Self {
+        Self { crowd, ..self }
+    }
+
+    pub(super) fn crowd(&self) -> Option<Crowd> {
+        self.crowd.clone()
     }
 
     /// The same, for clients that speak TLS.

@@ -147,9 +147,14 @@ impl Tls {
 }
 
 /// Tells a client that speaks plain HTTP what to do, in the words it speaks.
-pub(super) async fn refuse_plain(mut stream: TcpStream) {
+pub(super) async fn refuse_plain(stream: TcpStream) {
+    say(stream, NOT_PLAIN).await;
+}
+
+/// Says `words` and ends the connection.
+pub(super) async fn say(mut stream: TcpStream, words: &'static [u8]) {
     let told = async {
-        stream.write_all(NOT_PLAIN).await?;
+        stream.write_all(words).await?;
         stream.shutdown().await
     };
     if let Ok(Err(error)) = tokio::time::timeout(Duration::from_secs(5), told).await {

@@ -330,13 +330,16 @@ impl Catalog {
 
 impl Remembered {
     /// Takes over what a commit changed.
-    fn apply(&self, rights: Vec<((Source, Digest, Kind), CredentialId)>) {
+    fn apply(&self, rights: Vec<((Source, Digest, Kind), Option<CredentialId>)>) {
         if rights.is_empty() {
             return;
         }
         let filling = self.filling.write().unwrap_or_else(PoisonError::into_inner);
         for (key, credential) in rights {
-            self.rights.insert(key, credential);
+            match credential {
+                Some(credential) => self.rights.insert(key, credential),
+                None => drop(self.rights.remove(&key)),
+            }
         }
         drop(filling);
     }
@@ -368,7 +371,9 @@ impl Remembered {
             | Change::Used(..)
             | Change::Membership(_)
             | Change::Manifest(..)
-            | Change::Tag(_) => {}
+            | Change::Tag(_)
+            | Change::Untag(..)
+            | Change::Revoke(..) => {}
         }
     }
 }

@@ -94,6 +94,15 @@ impl Catalog {
         })
     }
 
+    /// Whether any repository of any upstream holds these bytes.
+    pub fn is_held(&self, digest: &Digest) -> Result<bool, StoreError> {
+        let select = "SELECT EXISTS (SELECT 1 FROM membership WHERE digest = ?1)";
+        self.read(|db| {
+            let mut statement = db.prepare_cached(select)?;
+            statement.query_row([digest.bytes()], |row| row.get(0))
+        })
+    }
+
     /// Whether anything is written down about a repository.
     pub fn knows(&self, source: &Source) -> Result<bool, StoreError> {
         let select =

@@ -136,6 +136,10 @@ pub enum Change {
     Manifest(Digest, ManifestRecord),
     /// A tag was looked up.
     Tag(Box<TagRecord>),
+    /// A tag is taken back; its history stays.
+    Untag(Source, Tag),
+    /// A repository holds a digest no longer; if it was a manifest, its tags are taken back too.
+    Revoke(Source, Digest, Kind),
     /// The upstream refused a repository to a credential.
     Suspend(Source, CredentialId, Timestamp),
     /// The upstream opened a repository to a credential again.

@@ -34,8 +34,8 @@ pub(super) struct Job {
     pub(super) done: oneshot::Sender<Result<(), StoreError>>,
 }
 
-/// The memberships that a commit set, as they are now.
-type Rights = Vec<((Source, Digest, Kind), CredentialId)>;
+/// The memberships that a commit set or took back, as they are now.
+type Rights = Vec<((Source, Digest, Kind), Option<CredentialId>)>;
 
 /// What the thread works with.
 pub(super) struct Writer {
@@ -147,11 +147,20 @@ fn apply(db: &Transaction<'_>, change: &Change, rights: &mut Rights) -> rusqlite
                 membership.digest,
                 membership.kind,
             );
-            rights.push((key, credential));
+            rights.push((key, Some(credential)));
             Ok(())
         }
         Change::Manifest(digest, record) => put_manifest(db, digest, record),
         Change::Tag(record) => put_tag(db, record),
+        Change::Untag(source, tag) => {
+            let delete = "DELETE FROM tags WHERE source = ?1 AND tag = ?2";
+            let source = source_id(db, source)?;
+            run(db.prepare_cached(delete)?, params![source, tag.as_str()])
+        }
+        Change::Revoke(source, digest, kind) => {
+            rights.push(((source.clone(), *digest, *kind), None));
+            revoke(db, source_id(db, source)?, (digest, *kind))
+        }
         Change::Suspend(source, credential, at) => {
             let insert = "INSERT INTO suspended (source, credential, at) VALUES (?1, ?2, ?3)
                 ON CONFLICT DO UPDATE SET at = excluded.at";
@@ -291,6 +300,21 @@ fn put_tag(db: &Transaction<'_>, record: &TagRecord) -> rusqlite::Result<()> {
         );
     }
     put_era(db, source, record)
+}
+
+fn revoke(
+    db: &Transaction<'_>,
+    source: i64,
+    (digest, kind): (&Digest, Kind),
+) -> rusqlite::Result<()> {
+    let delete = "DELETE FROM membership WHERE source = ?1 AND digest = ?2 AND kind = ?3";
+    let values = params![source, digest.bytes(), kind.number()];
+    run(db.prepare_cached(delete)?, values)?;
+    if kind == Kind::Blob {
+        return Ok(());
+    }
+    let delete = "DELETE FROM tags WHERE source = ?1 AND digest = ?2";
+    run(db.prepare_cached(delete)?, params![source, digest.bytes()])
 }
 
 /// Lengthens the tag's latest era, or starts a new one where the digest is another.

@@ -51,6 +51,8 @@ pub(super) struct Rules {
     pub(super) trusted: Vec<Network>,
     /// Where we listen ourselves.
     pub(super) listeners: Vec<SocketAddr>,
+    /// The host of the configured proxy, which nobody may send us to: it is connected to whatever its address.
+    pub(super) proxy: Option<String>,
     /// Whether an address is one of this machine's.
     pub(super) is_local: fn(IpAddr) -> bool,
 }
@@ -192,11 +194,32 @@ impl Rules {
             None => check_spelling(&host, &host_text(base))?,
         }
         let address = match host {
+            Host::Domain(name) if self.is_proxy(name) && !self.is_own(name, port) => {
+                return Err(Refusal::new(&name, "is the proxy's own host"));
+            }
             Host::Domain(_) => return Ok(()),
             Host::Ipv4(v4) => IpAddr::V4(v4),
             Host::Ipv6(v6) => IpAddr::V6(v6),
         };
         self.judge(&host_text(url), SocketAddr::new(address, port))
+    }
+
+    /// Whether a proxy may be asked for a name that we cannot resolve: not for one that by its form means a network of one's own.
+    pub(super) fn judge_unresolved(&self, host: &str, port: u16) -> Result<(), Refusal> {
+        let named = self.named.iter().any(|named| named.names(host, port));
+        if self.class != Class::Public || named || self.is_own(host, port) || !is_inward(host) {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            &host,
+            "is a name of a private network, and redirect_hosts does not name it",
+        ))
+    }
+
+    /// Whether `host` is the configured proxy's.
+    pub(super) fn is_proxy(&self, host: &str) -> bool {
+        let proxy = self.proxy.as_deref();
+        proxy.is_some_and(|proxy| proxy.eq_ignore_ascii_case(host))
     }
 
     fn is_own(&self, host: &str, port: u16) -> bool {
@@ -219,13 +242,30 @@ impl Rules {
         };
         self.trusted.iter().any(inside)
             || self.named.iter().any(|named| match named {
-                HostOrNetwork::Host { host: name, port } => {
-                    name.eq_ignore_ascii_case(host)
-                        && port.is_none_or(|port| port == address.port())
-                }
+                HostOrNetwork::Host { .. } => named.names(host, address.port()),
                 HostOrNetwork::Network(network) => inside(network),
             })
     }
+}
+
+/// Whether a name has no meaning on the internet: a single label, or one of the suffixes kept for local use (RFC 6761, 6762, 8375 and
+/// ICANN's `internal`, which clouds use for their metadata services).
+fn is_inward(host: &str) -> bool {
+    let host = host.trim_end_matches('.').to_ascii_lowercase();
+    let suffixes = [
+        "localhost",
+        "local",
+        "internal",
+        "home.arpa",
+        "lan",
+        "intranet",
+        "corp",
+    ];
+    let below = |suffix: &&str| {
+        let rest = host.strip_suffix(*suffix);
+        rest.is_some_and(|rest| rest.ends_with('.'))
+    };
+    !host.contains('.') || suffixes.iter().any(below)
 }
 
 /// A URL's host without an IPv6 literal's brackets.

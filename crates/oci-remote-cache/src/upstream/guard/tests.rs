@@ -11,6 +11,7 @@ fn rules(class: Class) -> Rules {
         named: Vec::new(),
         trusted: Vec::new(),
         listeners: Vec::new(),
+        proxy: None,
         is_local: |address| address.is_loopback(),
     }
 }
@@ -207,4 +208,42 @@ fn a_class_is_the_strictest_of_its_addresses() {
         Range::of("64:ff9b::1.1.1.1".parse().unwrap()),
         Range::Of(Class::Public)
     );
+}
+
+#[test]
+fn a_name_that_only_the_proxy_knows_is_judged_by_its_form() {
+    let mut rules = rules(Class::Public);
+    rules.own.0 = "registry.corp".into();
+    rules.named = vec!["cdn.internal".parse().unwrap()];
+    for (host, port, allowed) in [
+        ("cdn.example.com", 443, true),
+        ("registry.corp", 443, true),
+        ("registry.corp", 22, false),
+        ("cdn.internal", 8080, true),
+        ("metadata.google.internal", 80, false),
+        ("metadata.google.internal.", 80, false),
+        ("x.LOCALHOST", 80, false),
+        ("printer", 80, false),
+        ("notinternal.example", 80, true),
+    ] {
+        let ruling = rules.judge_unresolved(host, port);
+        assert_eq!(ruling.is_ok(), allowed, "{host}");
+    }
+    rules.class = Class::Private;
+    assert!(rules.judge_unresolved("printer", 80).is_ok());
+}
+
+#[test]
+fn nobody_may_send_us_to_the_proxy() {
+    let mut rules = rules(Class::Public);
+    rules.proxy = Some("proxy.example".into());
+    let base = Url::parse("https://registry.example/").unwrap();
+    for (text, allowed) in [
+        ("https://Proxy.Example:22/", false),
+        ("http://proxy.example:3128/", false),
+        ("https://other.example/", true),
+    ] {
+        let url = Url::parse(text).unwrap();
+        assert_eq!(rules.admit(&base, &url, text).is_ok(), allowed, "{text}");
+    }
 }
