@@ -38,7 +38,7 @@ use crate::store::{Store, StoreSettings};
 use crate::tasks::Tasks;
 use crate::upstream::{
     HostError, Keyring, Login, LoginFile, Logins, Network, Offline, Password, Settings, SetupError,
-    Switch, Upstream,
+    Switch, Upstream, system_roots,
 };
 use crate::watched::{FileError, Watched};
 
@@ -101,6 +101,8 @@ impl App {
             .with_crowd(crowd(&config)?);
         let operators = Listener::bind(config.admin_listen, "admin_listen")?;
         let (metrics, tasks) = (Metrics::new(), Tasks::new());
+        // Nobody waits for this now; without it the first request would.
+        drop(tasks.spawn_blocking(system_roots));
         let gate = gate(&config, &tasks, &metrics)?;
         metrics.max_connections.set(limits.connections as u64);
         let own = [clients.local_addr(), operators.local_addr()];

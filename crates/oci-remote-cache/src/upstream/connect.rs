@@ -7,17 +7,17 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-use reqwest::{Certificate, Client, ClientBuilder, Request, Response};
+use reqwest::{Client, ClientBuilder, Request, Response};
 use tokio::time::Instant;
 
-use super::error::{Fault, SetupError};
+use super::error::Fault;
 use super::guard::{Class, Refusal, Rules};
 use super::proxy::{Proxy, Screen};
+use super::trust::Trust;
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const IDLE_LIMIT: Duration = Duration::from_secs(15);
@@ -46,7 +46,7 @@ pub(super) enum Lane {
 pub(super) struct Reach {
     /// The rules without the class, which is found out later.
     rules: Rules,
-    roots: Vec<Certificate>,
+    trust: Trust,
     proxy: Option<Proxy>,
     class: Mutex<Option<(Class, Instant)>>,
     /// A pool for each class, so that no connection opened under laxer rules is used under stricter ones.
@@ -88,21 +88,6 @@ pub fn install_crypto() {
         .ok();
 }
 
-/// Reads the extra trust roots of a `ca_file`.
-pub(super) fn read_roots(path: &Path) -> Result<Vec<Certificate>, SetupError> {
-    let pem = std::fs::read(path).map_err(|source| SetupError::ReadCa {
-        path: path.to_owned(),
-        source,
-    })?;
-    let roots = Certificate::from_pem_bundle(&pem).unwrap_or_default();
-    if roots.is_empty() {
-        return Err(SetupError::BadCa {
-            path: path.to_owned(),
-        });
-    }
-    Ok(roots)
-}
-
 /// Whether `address` is one of this machine's own. Connecting a UDP socket sends nothing; the kernel picks the source address, and
 /// that equals the target only where the target is local.
 pub(super) fn is_local(address: IpAddr) -> bool {
@@ -122,11 +107,11 @@ pub(super) fn is_local(address: IpAddr) -> bool {
 }
 
 impl Reach {
-    pub(super) fn new(rules: Rules, roots: Vec<Certificate>, proxy: Option<Proxy>) -> Self {
+    pub(super) fn new(rules: Rules, trust: Trust, proxy: Option<Proxy>) -> Self {
         install_crypto();
         Self {
             rules,
-            roots,
+            trust,
             proxy,
             class: Mutex::default(),
             doors: Mutex::default(),
@@ -188,30 +173,21 @@ impl Reach {
             ..self.rules.clone()
         });
         Ok(Door {
-            blobs: self.client(&rules, ClientBuilder::http1_only)?,
-            small: self.client(&rules, |builder| builder)?,
+            blobs: self.client(&rules, &["http/1.1"])?,
+            small: self.client(&rules, &["h2", "http/1.1"])?,
             proxy: self.proxy.clone(),
             screen: Arc::default(),
             rules,
         })
     }
 
-    fn client(
-        &self,
-        rules: &Arc<Rules>,
-        lane: fn(ClientBuilder) -> ClientBuilder,
-    ) -> reqwest::Result<Client> {
-        let proxy = self.proxy.as_ref().map(Proxy::for_client).transpose()?;
-        let plain = || match &proxy {
-            Some(proxy) => lane(plain_builder(rules)).proxy(proxy.clone()),
-            None => lane(plain_builder(rules)),
-        };
-        let trusting = plain().tls_certs_merge(self.roots.iter().cloned());
-        trusting.build().or_else(|error| {
-            // A machine without certificates can still reach http:// registries, and https:// ones by their ca_file.
-            tracing::warn!(target: "upstream", error = root_cause(&error), "no system trust roots");
-            plain().tls_certs_only(self.roots.iter().cloned()).build()
-        })
+    fn client(&self, rules: &Arc<Rules>, protocols: &[&str]) -> reqwest::Result<Client> {
+        let builder =
+            plain_builder(rules).tls_backend_preconfigured(self.trust.settings(protocols));
+        match self.proxy.as_ref().map(Proxy::for_client).transpose()? {
+            Some(proxy) => builder.proxy(proxy).build(),
+            None => builder.build(),
+        }
     }
 }
 

@@ -28,6 +28,7 @@ pub mod resume;
 mod retry;
 mod token;
 mod trace;
+mod trust;
 mod walk;
 
 use std::fmt;
@@ -36,7 +37,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use oci::RepositoryName;
-use reqwest::Certificate;
 use reqwest::header::HeaderValue;
 use tokio::time::Instant;
 use url::Url;
@@ -53,6 +53,7 @@ use self::place::Place;
 use self::rate::Gate;
 use self::retry::{Decision, Tries};
 use self::token::Tokens;
+use self::trust::Trust;
 use crate::clock::Clock;
 use crate::deadline::Deadline;
 use crate::metrics::{Metrics, UpstreamLabel};
@@ -71,6 +72,7 @@ pub use self::meter::Strain;
 pub use self::offline::{Offline, Switch};
 pub use self::proxy::{Proxy, ProxyError};
 pub use self::request::{Ask, Method, Resource};
+pub use self::trust::system_roots;
 
 /// What an operator configured for one upstream.
 #[derive(Clone, Debug)]
@@ -112,10 +114,7 @@ pub struct Upstream {
 impl Upstream {
     /// Sets an upstream up; nothing is asked yet.
     pub fn new(settings: Settings, metrics: Metrics, clock: Clock) -> Result<Self, SetupError> {
-        let roots = match &settings.ca_file {
-            Some(path) => connect::read_roots(path)?,
-            None => Vec::new(),
-        };
+        let trust = Trust::with(settings.ca_file.as_deref())?;
         let user_agent = HeaderValue::from_str(&settings.user_agent)
             .map_err(|_invalid| SetupError::BadUserAgent)?;
         let wire = Wire {
@@ -124,11 +123,11 @@ impl Upstream {
             metrics: metrics.clone(),
             clock,
         };
-        let mut first = open(&settings, &settings.url, &wire, &roots)?;
+        let mut first = open(&settings, &settings.url, &wire, &trust)?;
         first.keyring = settings.keyring.clone();
         let mut places = vec![first];
         for mirror in &settings.mirrors {
-            places.push(open(&settings, mirror, &wire, &roots)?);
+            places.push(open(&settings, mirror, &wire, &trust)?);
         }
         Ok(Self {
             id: settings.id,
@@ -234,12 +233,7 @@ impl fmt::Debug for Upstream {
 }
 
 /// The place at `url`, without credentials.
-fn open(
-    settings: &Settings,
-    url: &Url,
-    wire: &Wire,
-    roots: &[Certificate],
-) -> Result<Place, SetupError> {
+fn open(settings: &Settings, url: &Url, wire: &Wire, trust: &Trust) -> Result<Place, SetupError> {
     place::check_base(url)?;
     let port = url.port_or_known_default().unwrap_or_default();
     let rules = Rules {
@@ -257,7 +251,7 @@ fn open(
         keyring: Keyring::default(),
         token_realms: settings.token_realms.clone(),
         wire: wire.clone(),
-        reach: Reach::new(rules, roots.to_vec(), settings.proxy.clone()),
+        reach: Reach::new(rules, trust.clone(), settings.proxy.clone()),
         learned: Learned::new(),
         tokens: Tokens::default(),
         gate: Gate::default(),
