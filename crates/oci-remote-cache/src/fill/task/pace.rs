@@ -2,7 +2,8 @@
 //!
 //! One connection is the rule. When it is clearly the limit (the rest would take seconds) another is tried, and more while each step
 //! brings clearly more bytes a second. A transfer that pauses is left alone: a pause says nothing about what more connections would bring.
-//! So is one that this machine cannot keep up with: where bytes lie waiting in the socket, another socket brings none.
+//! So is one that this machine cannot keep up with: where bytes lie waiting in the socket, another socket brings none. It shows in that
+//! connections do not wait, and in that timers ring late.
 
 use std::time::Duration;
 
@@ -14,6 +15,9 @@ const WINDOW: Duration = Duration::from_millis(300);
 /// A rest that comes within this time is not worth another connection.
 const SOON: u64 = 2;
 
+/// Timers that ring this much later than they should, each time, tell of a machine that has no time left.
+const LATE: Duration = Duration::from_millis(10);
+
 /// The measure of one transfer.
 #[derive(Debug)]
 pub(super) struct Pace {
@@ -24,6 +28,8 @@ pub(super) struct Pace {
     before: u64,
     tick: Instant,
     waited: Duration,
+    /// How late the timer rang at least, in this window.
+    late: Option<Duration>,
 }
 
 impl Pace {
@@ -36,6 +42,7 @@ impl Pace {
             before: 0,
             tick: now,
             waited: Duration::ZERO,
+            late: None,
         }
     }
 
@@ -68,6 +75,8 @@ impl Pace {
         waited: Duration,
     ) {
         self.waited += waited;
+        let late = now.saturating_duration_since(self.tick);
+        self.late = Some(self.late.map_or(late, |least| least.min(late)));
         let elapsed = now.saturating_duration_since(self.window);
         if elapsed < WINDOW {
             return;
@@ -77,7 +86,8 @@ impl Pace {
             / u64::try_from(elapsed.as_millis())
                 .unwrap_or(u64::MAX)
                 .max(1);
-        let narrow = std::mem::take(&mut self.waited) > elapsed / 2;
+        let busy = self.late.take().is_some_and(|late| late > LATE);
+        let narrow = std::mem::take(&mut self.waited) > elapsed / 2 && !busy;
         self.window = now;
         self.bytes = arrived;
         if rate == 0 || !self.growing || !narrow || missing / rate < SOON {
@@ -120,6 +130,7 @@ mod tests {
         (0..windows)
             .map(|_| {
                 now += WINDOW;
+                pace.tick = now;
                 arrived += rate(pace.share()) / 2;
                 pace.measure(now, (arrived, size - arrived), waited);
                 pace.share()
@@ -151,6 +162,22 @@ mod tests {
             shares_waiting(5, 1000 * MIB, (|_| 20 * MIB, WINDOW / 10)),
             [1, 1, 1, 1, 1]
         );
+    }
+
+    #[test]
+    fn timers_that_always_ring_late_tell_of_a_busy_machine() {
+        let share_when_late = |late: [u64; 4]| {
+            let mut now = Instant::now();
+            let mut pace = Pace::new(now);
+            for (tick, late) in (1..).zip(late.iter().cycle().take(12)) {
+                pace.tick = now + WINDOW / 3;
+                now = pace.tick + Duration::from_millis(*late);
+                pace.measure(now, (tick * MIB, 1000 * MIB), WINDOW / 3);
+            }
+            pace.share()
+        };
+        assert_eq!(share_when_late([30, 20, 15, 40]), 1);
+        assert!(share_when_late([30, 0, 15, 40]) > 1);
     }
 
     #[test]
