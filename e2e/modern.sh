@@ -143,11 +143,11 @@ push_chunked() { # STORE TAG
 direct_image() { echo "127.0.0.1:$PORT_anon/$MODERN_REPO:$1"; } # TAG
 cached_image() { echo "$CACHE/anon.test/$MODERN_REPO:$1"; }     # TAG
 
-# A store that holds the first image already.
-store_with_first() {
+# A store that holds an image already.
+store_with() { # TAG
   local store
   store=$(lazy_store)
-  podman_pull "$store" "$(direct_image lazy1)" >/dev/null && echo "$store"
+  podman_pull "$store" "$(direct_image "$1")" >/dev/null && echo "$store"
 }
 
 # What a client moves when nothing stands between it and the registry; leaves the tree's sum in SUM_<tag>.
@@ -227,12 +227,13 @@ copy_whole() { # TAG
 
 with_podman() {
   local stores=() tag
-  for tag in lazy1 lazy2; do
+  for tag in lazy1 lazy2 lazy3 lazy4; do
     check "podman: pushes $tag as zstd:chunked" push_chunked "$(lazy_store)" "$tag" || return
   done
   measure_direct lazy1 "$(lazy_store)"
-  measure_direct lazy2 "$(store_with_first)"
-  for tag in 0 1 2 3 4 5; do stores[tag]=$(store_with_first); done
+  measure_direct lazy2 "$(store_with lazy1)"
+  measure_direct lazy4 "$(store_with lazy3)"
+  for tag in 0 1 2 3 4 5; do stores[tag]=$(store_with lazy1); done
 
   cache_start
   lazy_cold "podman, empty store" lazy1 "$(lazy_store)"
@@ -242,6 +243,14 @@ with_podman() {
   cache_stop
   with_a_part "podman, with the one before" "${stores[@]:0:4}"
   with_an_outage "podman, with the one before" "${stores[@]:4:2}"
+  # Most layers are no larger than this one, and are fetched whole unless they were made for pieces.
+  cache_start
+  lazy_cold "podman, 12 MiB, with the one before" lazy4 "$(store_with lazy3)"
+  check "podman, 12 MiB: skopeo copies the whole image" copy_whole lazy4
+  upstream_stop anon
+  lazy_warm "podman, 12 MiB, after a whole pull" lazy4 "$(lazy_store)"
+  upstream_start anon
+  cache_stop
 }
 
 # A part of a layer is held, then all of it.
