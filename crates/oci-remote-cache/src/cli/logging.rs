@@ -2,7 +2,8 @@
 //!
 //! Other people's crates are held at info unless `RUST_LOG` names them: some log headers at debug, credentials among them.
 
-use std::io::{self, IsTerminal as _};
+use std::io::{self, BufWriter, IsTerminal as _, Write};
+use std::time::Duration;
 
 use tracing::level_filters::LevelFilter;
 use tracing::span::{Attributes, Id, Record};
@@ -16,8 +17,11 @@ use tracing_subscriber::{EnvFilter, Registry, fmt};
 /// Lines that may wait to be written.
 const QUEUED_LINES: usize = 10_000;
 
-/// Bytes of lines that are written at once when many come: 64 KiB. The thread that writes them flushes when no more are waiting.
+/// Bytes of lines that are written at once when many come: 64 KiB.
 const LOG_BUFFER: usize = 64 << 10;
+
+/// How long lines gather after some were written. Waking the writing thread for each line costs a busy server more than the line does.
+const GATHER: Duration = Duration::from_millis(5);
 
 /// How often `-v` was given.
 #[derive(Debug, Clone, Copy)]
@@ -46,6 +50,9 @@ const OURS: &[&str] = &[
     "store",
     "upstream",
 ];
+
+/// Writes lines in blocks, and rests after each: the thread that writes flushes when no line is waiting, and is not waited for.
+struct Gathering<W: Write>(BufWriter<W>);
 
 /// The filter: `RUST_LOG`, else the configuration's `log`, else what `-v` asks for. An error names the one that is wrong.
 pub(super) fn filter(
@@ -83,7 +90,10 @@ pub(super) fn filter(
 pub(super) fn init(filter: LogFilter) -> Result<WorkerGuard, String> {
     let (writer, guard) = NonBlockingBuilder::default()
         .buffered_lines_limit(QUEUED_LINES)
-        .finish(io::BufWriter::with_capacity(LOG_BUFFER, io::stderr()));
+        .finish(Gathering(BufWriter::with_capacity(
+            LOG_BUFFER,
+            io::stderr(),
+        )));
     // A standard error that is gone must not end the process: what cannot be logged is not complained about either.
     let layer = fmt::layer().with_writer(writer).log_internal_errors(false);
     let outcome = if io::stderr().is_terminal() {
@@ -114,6 +124,18 @@ fn is_part(target: &str, of: &str) -> bool {
     target
         .strip_prefix(of)
         .is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
+}
+
+impl<W: Write> Write for Gathering<W> {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        self.0.write(lines)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let written = self.0.flush();
+        std::thread::sleep(GATHER);
+        written
+    }
 }
 
 impl LogFilter {
