@@ -231,10 +231,14 @@ impl Cache {
     /// A stored blob could not be read to its end: it is looked at, and forgotten if it is damaged, so that the next who asks is given it
     /// by the upstream.
     pub fn doubt(&self, digest: Digest) {
-        let store = self.inner.store.clone();
-        self.inner.tasks.spawn(async move {
+        let (cache, store) = (self.clone(), self.inner.store.clone());
+        let look = move || async move {
             let health = store.check(&digest).await;
             tracing::warn!(%digest, ?health, "a stored blob could not be read to its end");
+        };
+        self.inner.tasks.spawn(async move {
+            // Many readers of a large blob break off at once, and it is read only once for all of them.
+            cache.inner.doubts.run(digest, look).await.ok();
         });
     }
 

@@ -291,16 +291,12 @@ impl Fill {
             .iter()
             .filter_map(|aim| aim.want(size, spool))
             .collect();
-        let enough = readers.asked.total() >= size / 4;
-        let whole = size <= self.always_whole() || readers.whole || readers.second_client || enough;
-        (
-            wants,
-            if whole {
-                Appetite::Whole
-            } else {
-                Appetite::Asked
-            },
-        )
+        (wants, readers.appetite(size, self.always_whole()))
+    }
+
+    /// Whether all of a blob of `size` bytes is wanted.
+    fn appetite(&self, size: u64) -> Appetite {
+        self.readers().appetite(size, self.always_whole())
     }
 
     /// Up to this size the blob is fetched whole, whatever ranges of it are asked for.
@@ -342,6 +338,17 @@ impl Fill {
 
     fn set(&self, change: impl FnOnce(&mut Progress)) {
         self.progress.send_modify(change);
+    }
+}
+
+impl Readers {
+    fn appetite(&self, size: u64, always_whole: u64) -> Appetite {
+        let enough = self.asked.total() >= size / 4;
+        if size <= always_whole || self.whole || self.second_client || enough {
+            Appetite::Whole
+        } else {
+            Appetite::Asked
+        }
     }
 }
 

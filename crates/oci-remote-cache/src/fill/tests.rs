@@ -37,12 +37,23 @@ struct Bench {
     fills: Fills,
     metrics: Metrics,
     tasks: Tasks,
+    /// What manifests tell of every layer.
+    in_pieces: bool,
     _dir: TempDir,
 }
 
 impl Bench {
     async fn new() -> Arc<Self> {
         Self::keeping(None, 16).await
+    }
+
+    /// Its layers were made to be read in pieces.
+    async fn of_pieces() -> Arc<Self> {
+        let bench = Arc::into_inner(Self::new().await).unwrap();
+        Arc::new(Self {
+            in_pieces: true,
+            ..bench
+        })
     }
 
     /// Keeps blobs up to this size, and has so many connections.
@@ -72,6 +83,7 @@ impl Bench {
             store,
             metrics,
             tasks,
+            in_pieces: false,
             _dir: dir,
         })
     }
@@ -277,7 +289,10 @@ impl Reader {
         let wish = wish_of(header.as_ref(), self.client);
         let wanted = Wanted {
             wish,
-            told: (self.client > 1).then(|| told(blob)),
+            told: (self.client > 1).then(|| Told {
+                in_pieces: bench.in_pieces,
+                ..told(blob)
+            }),
             ..bench.proven(blob)
         };
         let joined = match bench.fills.find(&wanted).await {
@@ -501,13 +516,34 @@ async fn read_by_all(
     all.await.expect("a reader waits for ever")
 }
 
+/// What a manifest says that a layer was made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layer {
+    Ordinary,
+    InPieces,
+}
+
+impl Layer {
+    async fn bench(self) -> Arc<Bench> {
+        match self {
+            Self::Ordinary => Bench::new().await,
+            Self::InPieces => Bench::of_pieces().await,
+        }
+    }
+
+    /// Whether it is fetched whole whatever is asked for.
+    fn is_always_whole(self, size: u64) -> bool {
+        self == Self::Ordinary && size <= plan::SMALL
+    }
+}
+
 /// What the upstream may send for one blob: no byte twice, but for what its own faults cost and what lies in sockets.
-fn allowance(size: u64, readers: &[Reader], troubles: &[Trouble]) -> u64 {
+fn allowance(layer: Layer, size: u64, readers: &[Reader], troubles: &[Trouble]) -> u64 {
     let parts = readers
         .iter()
         .filter(|reader| !matches!(reader.shape, Shape::Whole))
         .count() as u64;
-    let slack = if size <= plan::SMALL {
+    let slack = if layer.is_always_whole(size) {
         0
     } else {
         (parts + 1) * IN_SOCKETS
@@ -516,8 +552,12 @@ fn allowance(size: u64, readers: &[Reader], troubles: &[Trouble]) -> u64 {
     size + costs.sum::<u64>() + slack
 }
 
-async fn any_readers_any_faults(size: u64, readers: Vec<Reader>, troubles: Vec<Trouble>) {
-    let bench = Bench::new().await;
+async fn any_readers_any_faults(
+    (layer, size): (Layer, u64),
+    readers: Vec<Reader>,
+    troubles: Vec<Trouble>,
+) {
+    let bench = layer.bench().await;
     let blob = bench.blob(size, "any");
     let handlers = troubles.iter().map(|trouble| trouble.handler(&blob));
     bench.registry.script(
@@ -527,7 +567,7 @@ async fn any_readers_any_faults(size: u64, readers: Vec<Reader>, troubles: Vec<T
     for (reader, seen) in read_by_all(&bench, &blob, &readers, &blob.data).await {
         assert!(seen.is_fair(&reader), "{reader:?}: {seen:?}");
     }
-    let small = size <= plan::SMALL;
+    let small = layer.is_always_whole(size);
     let all_asked = readers
         .iter()
         .any(|reader| reader.shape.waits_for_the_verdict() && reader.leaves.is_none());
@@ -538,7 +578,7 @@ async fn any_readers_any_faults(size: u64, readers: Vec<Reader>, troubles: Vec<T
     } else if bench.store.contains(&blob.digest) {
         assert_eq!(bench.store.check(&blob.digest).await, Health::Sound);
     }
-    let (sent, allowed) = (bench.sent(), allowance(size, &readers, &troubles));
+    let (sent, allowed) = (bench.sent(), allowance(layer, size, &readers, &troubles));
     assert!(sent <= allowed, "{sent} of {size} bytes were sent");
     bench.end().await;
 }
@@ -591,7 +631,17 @@ proptest! {
         readers in prop::collection::vec(a_reader(), 1..9),
         troubles in troubles(),
     ) {
-        runtime().block_on(any_readers_any_faults(size, readers, troubles));
+        runtime().block_on(any_readers_any_faults((Layer::Ordinary, size), readers, troubles));
+    }
+
+    /// The same of layers that were made to be read in pieces, of which only what is asked for is fetched.
+    #[test]
+    fn readers_of_a_layer_in_pieces_get_their_bytes_whatever_breaks(
+        size in 4 * MIB..12 * MIB,
+        readers in prop::collection::vec(a_reader(), 1..7),
+        troubles in troubles(),
+    ) {
+        runtime().block_on(any_readers_any_faults((Layer::InPieces, size), readers, troubles));
     }
 
     /// A wrong blob is completed for nobody who waits for the verdict, kept nowhere, and asked for hardly more than once.
@@ -626,7 +676,7 @@ proptest! {
         readers in prop::collection::vec(a_reader(), 1..5),
         troubles in troubles(),
     ) {
-        runtime().block_on(any_readers_any_faults(size, readers, troubles));
+        runtime().block_on(any_readers_any_faults((Layer::Ordinary, size), readers, troubles));
     }
 }
 
@@ -919,6 +969,8 @@ async fn one_piece_read(bench: &Bench, blob: &Content) {
         .await;
     assert!(seen.is_complete(), "{seen:?}");
     assert_eq!(bench.sent(), 4 * MIB, "more than was asked for");
+    let total = bench.store.usage().total();
+    assert!(total <= 5 * MIB, "{total} bytes are kept free for it");
     // The list is written after the bytes are given; half a minute will be over at once.
     let list = bench.store.layout().spool_dir().join(format!(
         "sha256-{}-{:08x}.pieces",
@@ -946,6 +998,8 @@ async fn a_fill_that_was_set_aside_is_taken_up_again() {
     pass(Duration::from_secs(16)).await;
     bench.calm(Duration::from_secs(10)).await;
     assert_eq!((bench.spooled(), bench.parked()), (0, 2));
+    let usage = bench.store.usage();
+    assert!(usage.parked_bytes() >= 4 * MIB);
 
     let whole = Reader::whole();
     let read = timeout(
@@ -962,6 +1016,150 @@ async fn a_fill_that_was_set_aside_is_taken_up_again() {
         sent <= blob.size() + blob.size() / 50,
         "{sent} bytes: the piece was fetched again"
     );
+    assert_eq!((usage.parked_bytes(), usage.total()), (0, blob.size()));
+    bench.end().await;
+}
+
+/// Pieces were parked of a blob that is larger than what is kept today.
+#[tokio::test]
+async fn what_was_kept_of_a_blob_that_is_too_large_now_goes() {
+    let bench = Bench::keeping(Some(100_000), 4).await;
+    let blob = bench.blob(9 * MIB, "too large now");
+    let layout = bench.store.layout();
+    let spool = Spool::create(layout, blob.digest, &UpstreamId::new("up")).unwrap();
+    spool.settle_size(blob.size()).unwrap();
+    let spool = Arc::new(spool);
+    let first = blob.data.slice(..usize::try_from(PIECE).unwrap());
+    spool.writer(0).write(&[first]).unwrap();
+    spool.park(layout).unwrap();
+    let seen = Reader::whole().read(&bench, &blob, &blob.data).await;
+    assert!(seen.is_complete(), "{seen:?}");
+    bench.calm(Duration::from_secs(10)).await;
+    assert_eq!((bench.spooled(), bench.parked()), (0, 0));
+    bench.end().await;
+}
+
+/// A manifest says that a layer is larger than it is. Anyone can push one.
+#[tokio::test]
+async fn a_size_that_a_manifest_lies_about_harms_nobody() {
+    let bench = Bench::new().await;
+    for (size, name) in [(5 * MIB, "small"), (40 * MIB, "large")] {
+        let blob = bench.blob(size, name);
+        let wish = Wish {
+            range: WishRange::Part(RangeSpec::Suffix { length: 65_536 }),
+            client: Ipv4Addr::new(10, 0, 0, 1).into(),
+        };
+        let lie = Told {
+            size: 64 * MIB,
+            in_pieces: false,
+        };
+        let wanted = Wanted {
+            wish,
+            told: Some(lie),
+            ..bench.proven(&blob)
+        };
+        let Found::Lead(joined) = bench.fills.find(&wanted).await else {
+            panic!("somebody leads already")
+        };
+        let open = joined.open(Deadline::for_answer()).await;
+        let open = open.expect("it is there").expect("in time");
+        assert_eq!(open.size(), Some(size));
+        let footer = Slice {
+            start: size - 65_536,
+            end: size,
+        };
+        let seen = Reader::whole()
+            .read_slices(open, &[footer], (wish, Release::Arrived), &blob.data)
+            .await;
+        assert!(seen.is_complete(), "{seen:?}");
+    }
+    bench.end().await;
+}
+
+/// Waits until a connection is free, or none is.
+async fn until_free(bench: &Bench, free: usize) {
+    let places = &bench.fills.places[&UpstreamId::new("up")];
+    let reached = async {
+        while places.free.available_permits() != free {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let reached = timeout(Duration::from_secs(5), reached).await;
+    assert!(reached.is_ok(), "not {free} connections are free");
+}
+
+/// A reader of a fill that has no connection any more waits for one no longer than those who came before it.
+#[tokio::test]
+async fn a_fill_without_a_connection_has_its_turn() {
+    let bench = Bench::keeping(None, 1).await;
+    let lazy = bench.blob(40 * MIB, "lazy");
+    one_piece_read(&bench, &lazy).await;
+    until_free(&bench, 1).await;
+    let mut led = Vec::new();
+    for name in ["first", "second", "third"] {
+        let (blob, gate) = (bench.blob(5000, name), Gate::new());
+        let gets = Matcher::blobs().method("GET").of(blob.digest);
+        bench.registry.script(gets, faults::held(&gate));
+        led.push((blob, gate));
+    }
+    let ask_for = async |at: usize| {
+        let found = bench.fills.find(&bench.proven(&led[at].0)).await;
+        sleep(Duration::from_millis(50)).await;
+        found
+    };
+    let first = ask_for(0).await;
+    until_free(&bench, 0).await;
+    let second = ask_for(1).await;
+    let reader = Reader {
+        shape: Shape::Closed(0, 1000),
+        ..Reader::whole()
+    };
+    let (reading, content) = (Arc::clone(&bench), lazy.clone());
+    let mut reading =
+        JoinSet::from_iter([async move { reader.read(&reading, &content, &content.data).await }]);
+    sleep(Duration::from_millis(50)).await;
+    let third = ask_for(2).await;
+    led[0].1.open();
+    led[1].1.open();
+    let seen = timeout(Duration::from_secs(5), reading.join_next()).await;
+    let seen = seen.expect("it is passed over").unwrap().unwrap();
+    assert!(seen.is_complete(), "{seen:?}");
+    led[2].1.open();
+    drop((first, second, third));
+    bench.end().await;
+}
+
+/// No byte can be written from the beginning.
+#[tokio::test]
+async fn a_full_disk_is_seen_by_nobody() {
+    let bench = Bench::keeping(None, 2).await;
+    let blob = bench.blob(3 * MIB, "full");
+    let name = format!(
+        "sha256-{}-{:08x}",
+        blob.digest.hex(),
+        crc32fast::hash(b"up")
+    );
+    let spool = bench.store.layout().spool_dir().join(name);
+    std::os::unix::fs::symlink("/dev/full", spool).unwrap();
+    let whole = Reader::whole();
+    let shapes = [
+        Shape::Whole,
+        Shape::From(20_000),
+        Shape::Closed(9000, 40_000),
+        Shape::Suffix(3000),
+        Shape::Multi(vec![(100, 5000), (60_000, 65_000)]),
+    ];
+    let readers = shapes.map(|shape| Reader {
+        shape,
+        ..whole.clone()
+    });
+    for (reader, seen) in read_by_all(&bench, &blob, &readers, &blob.data).await {
+        assert!(seen.is_complete(), "{reader:?}: {seen:?}");
+    }
+    bench.calm(Duration::from_secs(10)).await;
+    assert!(!bench.store.contains(&blob.digest));
+    assert_eq!((bench.spooled(), bench.parked()), (0, 0));
+    assert!(bench.metrics.store_faults.get() > 0);
     bench.end().await;
 }
 

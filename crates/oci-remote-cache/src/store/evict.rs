@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
@@ -29,6 +29,12 @@ const WRITE_USES: Duration = Duration::from_secs(10);
 
 /// How often files that nobody asked for lately are closed.
 const CLOSE_FILES: Duration = Duration::from_secs(1);
+
+/// How often parked pieces that are too old are looked for.
+const SWEEP_PARKED: Duration = Duration::from_hours(1);
+
+/// How long pieces stay parked that nobody asks for: a week.
+const PARKED_FOR: Duration = Duration::from_hours(7 * 24);
 
 /// Pause after an eviction that found nothing.
 const NOTHING_TO_EVICT: Duration = Duration::from_millis(200);
@@ -112,6 +118,7 @@ enum Wake {
     LimitPassed,
     UsesDue,
     FilesDue,
+    SweepDue,
     Stopping,
 }
 
@@ -125,12 +132,14 @@ pub(super) fn keep_tidy(store: &Store, tasks: &Tasks) {
 async fn keep(shared: Weak<Shared>, bell: Arc<Notify>, tasks: Tasks) {
     let mut uses_due = every(WRITE_USES);
     let mut files_due = every(CLOSE_FILES);
+    let mut sweep_due = every(SWEEP_PARKED);
     loop {
         let wake = tokio::select! {
             () = tasks.stopping() => Wake::Stopping,
             () = bell.notified() => Wake::LimitPassed,
             _ = uses_due.tick() => Wake::UsesDue,
             _ = files_due.tick() => Wake::FilesDue,
+            _ = sweep_due.tick() => Wake::SweepDue,
         };
         let store = tidy(&shared, wake).await;
         if store.is_none() || wake == Wake::Stopping {
@@ -161,6 +170,7 @@ async fn tidy(shared: &Weak<Shared>, wake: Wake) -> Option<()> {
             }
         }
         Wake::UsesDue | Wake::Stopping => store.close().await,
+        Wake::SweepDue => store.count_parked().await,
         Wake::FilesDue => store.usage().close_idle(store.shared.clock.now()),
     }
     Some(())
@@ -231,12 +241,21 @@ fn evict_parked(layout: &Layout, usage: &Usage, bytes: u64) -> u64 {
 struct ParkedFile {
     path: PathBuf,
     bytes: u64,
-    changed: SystemTime,
+    changed: Timestamp,
 }
 
-/// Counts the bytes on the disk of all files in the folder, which may be sparse. Blocks on the disk.
-pub(super) fn parked_bytes(folder: &Path) -> u64 {
-    parked(folder).iter().map(|file| file.bytes).sum()
+/// Removes parked pieces to which nothing was added for too long, and counts the bytes that the others have on the disk: their files may
+/// be sparse. Blocks on the disk.
+pub(super) fn sweep_parked(folder: &Path, now: Timestamp) -> u64 {
+    let mut bytes = 0;
+    for file in parked(folder) {
+        let is_old = file.changed.age(now) > PARKED_FOR;
+        // What cannot be removed is counted on.
+        if !is_old || remove(&file.path).is_err() {
+            bytes += file.bytes;
+        }
+    }
+    bytes
 }
 
 fn parked(folder: &Path) -> Vec<ParkedFile> {
@@ -249,7 +268,7 @@ fn parked(folder: &Path) -> Vec<ParkedFile> {
         Some(ParkedFile {
             path,
             bytes: found.blocks().saturating_mul(BLOCK),
-            changed: found.modified().ok()?,
+            changed: Timestamp(found.mtime().saturating_mul(1000)),
         })
     });
     files.collect()

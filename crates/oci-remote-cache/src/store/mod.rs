@@ -31,7 +31,7 @@ use oci::{Digest, Slice};
 
 use self::catalog::{Catalog, Keeping};
 use self::error::{OpenError, StoreError};
-use self::evict::{Evicted, evict, keep_tidy, parked_bytes};
+use self::evict::{Evicted, evict, keep_tidy, sweep_parked};
 use self::layout::Layout;
 use self::limit::default_max_size;
 use self::prove::Turns;
@@ -290,13 +290,12 @@ impl Store {
             .unwrap_or_else(PoisonError::into_inner) = Some(failed);
     }
 
-    /// Counts the parked pieces anew, after some were added or taken up.
+    /// Counts the parked pieces anew, after some were added or taken up, and removes those that are too old.
     pub async fn count_parked(&self) {
         let shared = Arc::clone(&self.shared);
         let counted = self.shared.tasks.spawn_blocking(move || {
-            shared
-                .usage
-                .set_parked(parked_bytes(&shared.layout.parked_dir()));
+            let parked = sweep_parked(&shared.layout.parked_dir(), shared.clock.now());
+            shared.usage.set_parked(parked);
         });
         // Only at shutdown is the work not done.
         counted.await.ok();
@@ -409,7 +408,7 @@ fn open_blocking(settings: &StoreSettings, parts: Parts) -> Result<Store, OpenEr
         now: parts.clock.now(),
     };
     let blobs = recovery.run();
-    let parked = parked_bytes(&layout.parked_dir());
+    let parked = sweep_parked(&layout.parked_dir(), parts.clock.now());
     let ours = blobs.iter().map(|blob| blob.identity.size).sum::<u64>();
     let max_size = settings
         .max_size

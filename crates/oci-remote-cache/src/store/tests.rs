@@ -383,6 +383,24 @@ async fn spools_with_pieces_are_parked_and_others_removed() {
 }
 
 #[tokio::test]
+async fn parked_pieces_that_nobody_asks_for_go_after_a_week() {
+    let bed = Bed::new();
+    let store = bed.open().await;
+    let left = [bed.file("parked/left"), bed.file("parked/left.pieces")];
+    for file in &left {
+        fs::write(file, vec![1; 8192]).unwrap();
+    }
+    bed.clock.advance(Duration::from_hours(6 * 24));
+    store.count_parked().await;
+    assert!(left.iter().all(|file| file.exists()));
+    assert!(store.usage().parked_bytes() >= 16_384);
+    bed.clock.advance(Duration::from_hours(2 * 24));
+    store.count_parked().await;
+    assert!(!left.iter().any(|file| file.exists()));
+    assert_eq!(store.usage().parked_bytes(), 0);
+}
+
+#[tokio::test]
 async fn the_limit_is_kept_by_evicting_what_was_used_least() {
     let bed = Bed {
         max_size: 100_000,

@@ -51,7 +51,13 @@ async fn fetch_all(fill: &Arc<Fill>, fills: &Fills) -> Outcome {
     let kept = resume_kept(fill, fills).await;
     match open(fill, fills, kept.clone()).await {
         Ok(Opened::Transfer(transfer)) => transfer.drive().await,
-        Ok(Opened::Alone(alone)) => Outcome::Alone(alone),
+        Ok(Opened::Alone(alone)) => {
+            // What was kept is of no use: the blob is too large by now, or the disk does not take more of it.
+            if let Some(spool) = kept {
+                on_disk(fills, move || spool.discard()).await;
+            }
+            Outcome::Alone(alone)
+        }
         // An upstream that is away must not cost what was fetched while it was there.
         Err(error) => match kept {
             Some(spool) => Outcome::Broken(error, spool),

@@ -6,9 +6,12 @@ use oci::Slice;
 
 use super::transfer::{Known, Transfer};
 use crate::deadline::Deadline;
+use crate::fill::plan::Appetite;
 use crate::fill::{Alone, Fill, FillError, Fills, Phase};
 use crate::store::spool::Spool;
 use crate::store::usage::Reservation;
+use crate::upstream::resume::BlobStream;
+use crate::upstream::{Fault, UpstreamError};
 use crate::verdict::Why;
 
 /// How a fill begins.
@@ -30,7 +33,7 @@ pub(super) async fn open(
             upstream: fill.key.upstream.clone(),
         });
     };
-    let stream = fill.ask.clone().open(range, deadline).await?;
+    let stream = ask(fill, range, deadline).await?;
     fill.set(|progress| {
         progress.credential = Some(stream.credential().clone());
         progress.place = stream.place();
@@ -65,6 +68,21 @@ pub(super) async fn open(
     Ok(Opened::Transfer(Box::new(transfer)))
 }
 
+/// The upstream's answer. Where it says that the range lies outside of the blob, who told the size was wrong: anyone can push a manifest
+/// that lies about a layer. Asked for everything the upstream tells the size itself.
+async fn ask(
+    fill: &Fill,
+    range: Option<Slice>,
+    deadline: Deadline,
+) -> Result<BlobStream, UpstreamError> {
+    match fill.ask.clone().open(range, deadline).await {
+        Err(error) if range.is_some() && matches!(error.fault(), Fault::RangeRefused) => {
+            fill.ask.clone().open(None, deadline).await
+        }
+        answered => answered,
+    }
+}
+
 /// The pieces kept from an earlier transfer. That there was one says nothing about what is wanted now: a lazy client that comes again
 /// costs again only what it lacks.
 pub(super) async fn resume_kept(fill: &Arc<Fill>, fills: &Fills) -> Option<Arc<Spool>> {
@@ -78,12 +96,15 @@ pub(super) async fn resume_kept(fill: &Arc<Fill>, fills: &Fills) -> Option<Arc<S
         .spawn_blocking(move || Spool::resume(store.layout(), key.digest, &key.upstream))
         .await;
     match kept {
-        Ok(Ok(kept)) => kept.map(Arc::new),
+        Ok(Ok(Some(kept))) => {
+            fills.store.count_parked().await;
+            Some(Arc::new(kept))
+        }
         Ok(Err(error)) => {
             tracing::warn!(%error, "pieces kept from an earlier transfer cannot be used");
             None
         }
-        Err(_) => None,
+        Ok(Ok(None)) | Err(_) => None,
     }
 }
 
@@ -116,7 +137,9 @@ async fn make_spool(
     if !store.writable() {
         return None;
     }
-    let reservation = store.usage().reserve(size.unwrap_or(0));
+    // Where only parts are wanted the rest may never come: nothing is evicted for it.
+    let expected = size.filter(|&size| fill.appetite(size) == Appetite::Whole);
+    let reservation = store.usage().reserve(expected.unwrap_or(0));
     let key = fill.key.clone();
     let made = fills.tasks.spawn_blocking(move || {
         let fits = |spool: &Arc<Spool>| size.is_none() || spool.size() == size;

@@ -1,5 +1,7 @@
 //! The middle of a fill: fetches, the hash behind them, and what happens when something breaks.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +40,7 @@ pub(super) struct Transfer {
     /// Pieces of an earlier transfer are among the bytes.
     resumed: bool,
     fetches: FuturesUnordered<Fetch>,
+    turn: Turn,
     pace: Pace,
     shared: Arc<Shared>,
     disk_fault: DiskFault,
@@ -58,6 +61,13 @@ enum DiskFault {
     RoomMade,
 }
 
+/// A place in the queue for connections. Who has none at all waits there: others that wait would be before it for ever.
+enum Turn {
+    NotWanted,
+    Waiting(Pin<Box<dyn Future<Output = Option<OwnedSemaphorePermit>> + Send>>),
+    Come(OwnedSemaphorePermit),
+}
+
 /// The hash, here or away on the blocking pool.
 enum Hashing {
     Idle(Box<PrefixHash>),
@@ -68,6 +78,7 @@ enum Hashing {
 /// What the transfer waits for.
 enum Event {
     Fetched(Ended),
+    Place(Option<OwnedSemaphorePermit>),
     Hashed(Result<(Box<PrefixHash>, std::io::Result<()>), tokio::task::JoinError>),
     Woken,
     Tick,
@@ -98,6 +109,7 @@ impl Transfer {
             validator: known.validator,
             resumed: known.resumed,
             fetches: FuturesUnordered::new(),
+            turn: Turn::NotWanted,
             pace: Pace::new(Instant::now()),
             disk_fault: DiskFault::None,
         }
@@ -150,6 +162,12 @@ impl Transfer {
         let fill = Arc::clone(&self.fill);
         let tasks = self.fills.tasks.clone();
         let tick = self.pace.next_tick(TICK);
+        let turn = async {
+            match &mut self.turn {
+                Turn::Waiting(place) => place.await,
+                Turn::NotWanted | Turn::Come(_) => std::future::pending().await,
+            }
+        };
         let hashing = async {
             match &mut self.hash {
                 Hashing::Away(job) => job.await,
@@ -159,6 +177,7 @@ impl Transfer {
         tokio::select! {
             biased;
             Some(ended) = self.fetches.next() => Event::Fetched(ended),
+            place = turn => Event::Place(place),
             hashed = hashing => Event::Hashed(hashed),
             () = fill.wake.notified() => Event::Woken,
             () = sleep_until(tick) => Event::Tick,
@@ -170,6 +189,10 @@ impl Transfer {
         match event {
             Event::Woken => self.when_abandoned(),
             Event::Fetched(ended) => Box::pin(self.fetched(ended)).await,
+            Event::Place(place) => {
+                self.turn = place.map_or(Turn::NotWanted, Turn::Come);
+                Flow::On
+            }
             Event::Hashed(Ok((hash, Ok(())))) => {
                 self.hash = Hashing::Idle(hash);
                 Flow::On
@@ -197,7 +220,7 @@ impl Transfer {
     }
 
     fn appetite(&self, size: u64) -> Appetite {
-        self.fill.demand(size, &self.spool).1
+        self.fill.appetite(size)
     }
 
     /// Starts what the plan says, as far as there are connections.
@@ -205,7 +228,7 @@ impl Transfer {
         let Some(size) = self.size else { return };
         while let Some(step) = self.step(size) {
             let (Step::Fetch(slice) | Step::TakeOver { slice, .. }) = step;
-            let Some(place) = self.fills.spare_place(&self.fill.key.upstream) else {
+            let Some(place) = self.spare_place() else {
                 return;
             };
             if let Step::TakeOver { from, slice } = step
@@ -220,6 +243,22 @@ impl Transfer {
             self.fetches
                 .push(Fetch::new(stream, slice.end, place, &self.shared));
         }
+        self.turn = Turn::NotWanted;
+    }
+
+    /// A place for one connection more. Without any connection the transfer queues for one.
+    fn spare_place(&mut self) -> Option<OwnedSemaphorePermit> {
+        match std::mem::replace(&mut self.turn, Turn::NotWanted) {
+            Turn::Come(place) => return Some(place),
+            waiting @ (Turn::NotWanted | Turn::Waiting(_)) => self.turn = waiting,
+        }
+        let spare = self.fills.spare_place(&self.fill.key.upstream);
+        let queues = matches!(self.turn, Turn::Waiting(_));
+        if spare.is_none() && self.fetches.is_empty() && !queues {
+            let (fills, upstream) = (self.fills.clone(), self.fill.key.upstream.clone());
+            self.turn = Turn::Waiting(Box::pin(async move { fills.place(&upstream).await }));
+        }
+        spare
     }
 
     fn step(&self, size: u64) -> Option<Step> {
@@ -364,8 +403,12 @@ impl Transfer {
         let missing = self
             .size
             .map_or(0, |size| size.saturating_sub(self.spool.total()));
+        let needed = match self.size {
+            Some(size) if self.appetite(size) == Appetite::Whole => size,
+            // A sparse file takes the room of what is in it.
+            Some(_) | None => self.spool.total(),
+        };
         if let Some(reservation) = self.reservation.as_mut() {
-            let needed = self.size.unwrap_or_else(|| self.spool.total());
             reservation.grow(needed.saturating_sub(reservation.bytes()));
         }
         self.pace.measure(now, (self.spool.total(), missing), each);

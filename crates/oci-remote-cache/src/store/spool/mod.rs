@@ -4,6 +4,7 @@
 //! lies a list of checksums, one for each piece that became whole, so that a transfer cut by a crash, or parked because nobody read it,
 //! goes on from its pieces. What is written here is not a blob: nothing under `spool/` or `parked/` is ever served as one.
 
+mod arrivals;
 mod prefix;
 mod writer;
 
@@ -12,16 +13,16 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use oci::{Digest, Hasher, Slice};
 
 pub use self::prefix::{Checkpoint, PrefixHash, hash_file};
 pub use self::writer::SpoolWriter;
 
+use self::arrivals::Arrivals;
 use super::layout::Layout;
-use super::pieces::{PIECE, PieceMap, piece, pieces_of};
+use super::pieces::{PIECE, PieceMap, piece};
 use super::span::Span;
 use crate::names::UpstreamId;
 
@@ -42,9 +43,7 @@ pub struct Spool {
     path: PathBuf,
     file: Arc<File>,
     size: OnceLock<u64>,
-    arrived: Mutex<PieceMap>,
-    /// Rung when bytes have arrived, for the hash that follows them.
-    more: Condvar,
+    arrivals: Arrivals,
     list: Mutex<Option<File>>,
 }
 
@@ -94,8 +93,7 @@ impl Spool {
             path,
             file: Arc::new(file),
             size: OnceLock::new(),
-            arrived: Mutex::default(),
-            more: Condvar::new(),
+            arrivals: Arrivals::new(PieceMap::new()),
             list: Mutex::default(),
         })
     }
@@ -132,8 +130,7 @@ impl Spool {
             path,
             file,
             size: OnceLock::from(size),
-            arrived: Mutex::new(arrived),
-            more: Condvar::new(),
+            arrivals: Arrivals::new(arrived),
             list: Mutex::new(Some(list)),
         }))
     }
@@ -180,17 +177,17 @@ impl Spool {
 
     /// End of the unbroken run from `offset`.
     pub fn reach(&self, offset: u64) -> u64 {
-        self.map(|arrived| arrived.reach(offset))
+        self.arrivals.reach(offset)
     }
 
     /// The parts of `within` that have not arrived.
     pub fn gaps(&self, within: Slice) -> Vec<Slice> {
-        self.map(|arrived| arrived.gaps(within))
+        self.arrivals.gaps(within)
     }
 
     /// How many bytes have arrived.
     pub fn total(&self) -> u64 {
-        self.map(|arrived| arrived.total())
+        self.arrivals.total()
     }
 
     /// A span of this file.
@@ -234,6 +231,8 @@ impl Spool {
 
     /// Moves the files to `parked/`, where a later fill finds its pieces. Without a list of pieces there is nothing worth keeping.
     pub fn park(&self, layout: &Layout) -> io::Result<()> {
+        // Whoever takes the pieces up finds in the file what it has written itself.
+        self.arrivals.close();
         let parked = layout.parked_dir().join(self.name());
         if !list_path(&self.path).exists() {
             return self.discard();
@@ -242,36 +241,10 @@ impl Spool {
         rename(&self.path, &parked).map(drop)
     }
 
-    fn map<T>(&self, look: impl FnOnce(&mut PieceMap) -> T) -> T {
-        look(&mut self.arrived.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Waits until more than the first `position` bytes are here without a gap, at most for `limit`; says whether they are.
-    fn wait_beyond(&self, position: u64, limit: Duration) -> bool {
-        let arrived = self.arrived.lock().unwrap_or_else(PoisonError::into_inner);
-        let still = |arrived: &mut PieceMap| arrived.reach(0) <= position;
-        let (arrived, _) = self
-            .more
-            .wait_timeout_while(arrived, limit, still)
-            .unwrap_or_else(PoisonError::into_inner);
-        arrived.reach(0) > position
-    }
-
-    /// Counts a range as arrived and tells which pieces became whole by it.
-    fn count(&self, written: Slice) -> Vec<(u64, Slice)> {
-        let size = self.size();
-        let whole = self.map(|arrived| {
-            arrived.insert(written);
-            let Some(size) = size.filter(|&size| size > PIECE) else {
-                return Vec::new();
-            };
-            pieces_of(written)
-                .map(|index| (index, piece(index, size)))
-                .filter(|&(_, part)| arrived.holds(part))
-                .collect()
-        });
-        self.more.notify_all();
-        whole
+    /// Counts what a writer has claimed and written, and tells which pieces of a blob that has a list became whole by it.
+    fn count(&self, written: &[Slice]) -> Vec<(u64, Slice)> {
+        let listed = self.size().filter(|&size| size > PIECE);
+        self.arrivals.count(written, listed)
     }
 
     fn note_piece(&self, index: u64, checksum: u32) -> io::Result<()> {
@@ -430,3 +403,6 @@ fn read_list(path: &Path, upstream: &UpstreamId) -> Option<PieceList> {
         checksums: checksums.collect(),
     })
 }
+
+#[cfg(test)]
+mod tests;

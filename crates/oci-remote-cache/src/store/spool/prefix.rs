@@ -61,7 +61,7 @@ impl PrefixHash {
                 self.hash_block(spool, until)?;
             }
             let whole = spool.size() == Some(self.position);
-            if whole || !spool.wait_beyond(self.position, LINGER) {
+            if whole || !spool.arrivals.wait_beyond(self.position, LINGER) {
                 return Ok(());
             }
         }

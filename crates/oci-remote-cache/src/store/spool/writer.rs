@@ -40,19 +40,29 @@ impl SpoolWriter {
         }
     }
 
-    /// Writes `parts` after what was written before and counts them as arrived; returns the offset behind them. Blocks on the disk.
+    /// Writes `parts` after what was written before and counts them as arrived; returns the offset behind them. What has arrived already,
+    /// or is another writer's by now, is passed over. Blocks on the disk.
     pub fn write(&mut self, parts: &[Bytes]) -> io::Result<u64> {
         let start = self.position;
-        for part in parts {
-            self.spool.file.write_all_at(part, self.position)?;
-            self.position += part.len() as u64;
-        }
-        let sums = self.sum.take_in(start, parts);
-        let written = Slice {
+        let length: usize = parts.iter().map(Bytes::len).sum();
+        let all = Slice {
             start,
-            end: self.position,
+            end: start + length as u64,
         };
-        for (index, part) in self.spool.count(written) {
+        self.position = all.end;
+        let ours = self.spool.arrivals.claim(all);
+        if let Err(error) = self.put(parts, start, &ours) {
+            self.spool.arrivals.let_go(&ours);
+            return Err(error);
+        }
+        let sums = if ours == [all] {
+            self.sum.take_in(start, parts)
+        } else {
+            // What lies in the file did not all pass through here.
+            self.sum = PieceSum::at(all.end);
+            Vec::new()
+        };
+        for (index, part) in self.spool.count(&ours) {
             // A piece that another writer began is read again.
             let checksum = match sums.iter().find(|sum| sum.range == part) {
                 Some(sum) => sum.checksum,
@@ -61,6 +71,21 @@ impl SpoolWriter {
             self.spool.note_piece(index, checksum)?;
         }
         Ok(self.position)
+    }
+
+    /// Writes what of `parts`, which begin at `at`, lies in one of `ours`.
+    fn put(&self, parts: &[Bytes], mut at: u64, ours: &[Slice]) -> io::Result<()> {
+        for part in parts {
+            let end = at + part.len() as u64;
+            for slice in ours {
+                let (from, until) = (slice.start.clamp(at, end), slice.end.clamp(at, end));
+                let offset = |place: u64| usize::try_from(place - at).unwrap_or(part.len());
+                let bytes = part.slice(offset(from)..offset(until));
+                self.spool.file.write_all_at(&bytes, from)?;
+            }
+            at = end;
+        }
+        Ok(())
     }
 }
 
