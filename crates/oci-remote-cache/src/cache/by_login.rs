@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Cache;
-use super::access::{denies, no_answer};
+use super::access::{Sight, denies, no_answer, unknown};
 use super::error::CacheError;
 use super::proofs::Denial;
 use super::visit::Visit;
@@ -104,10 +104,11 @@ impl Cache {
         }
         let asked = self.knock(visit, resource).await;
         match asked {
-            Ok(()) => {
+            Ok(Sight::Open) => {
                 proofs.prove(visitor, ttl);
                 Ok(())
             }
+            Ok(Sight::Nothing) => Err(unknown(visit, resource)),
             Err(error) if denies(&error) => Err(self.deny(visit, refused(&error))),
             Err(error) => Err(no_answer(visit, resource, error)),
         }
