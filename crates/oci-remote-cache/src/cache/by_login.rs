@@ -42,12 +42,7 @@ impl Cache {
             let question = (resource.clone(), ttl, deadline);
             match self.show(&nobody, question).await {
                 Ok(()) => return Ok(nobody),
-                // Registries hide from strangers that a repository is there.
-                Err(
-                    CacheError::LogIn { .. }
-                    | CacheError::Denied { .. }
-                    | CacheError::Unknown { .. },
-                ) if own.is_some() => {}
+                Err(error) if own.is_some() && is_for_strangers(&error) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -141,6 +136,18 @@ impl Cache {
             .into_iter()
             .any(|name| proofs.is_open(&(source.clone(), name)))
     }
+}
+
+/// Whether the upstream may say something else to one whom it knows: it refuses strangers, hides from them that a repository is there,
+/// or has given them all that it gives in a while.
+fn is_for_strangers(error: &CacheError) -> bool {
+    if let CacheError::Upstream(error) = error {
+        return matches!(error.fault(), Fault::RateLimited { .. });
+    }
+    matches!(
+        error,
+        CacheError::LogIn { .. } | CacheError::Denied { .. } | CacheError::Unknown { .. }
+    )
 }
 
 fn credentials(login: &ClientLogin) -> Arc<Credentials> {
