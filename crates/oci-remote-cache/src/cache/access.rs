@@ -10,13 +10,14 @@ use std::time::Duration;
 use oci::Page;
 
 use super::error::{CacheError, Thing};
+use super::listing::{PAGE_LIMIT, names_a_tag};
 use super::visit::Visit;
 use super::{Cache, Origin, ask};
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::Source;
 use crate::policy::{Grant, May};
-use crate::upstream::{Ask, Fault, Identity, Method, Resource, UpstreamError};
+use crate::upstream::{Fault, Identity, Method, Resource, UpstreamError};
 
 /// How long it is believed that anyone may pull from a repository.
 const PUBLIC_FOR: Duration = Duration::from_hours(24);
@@ -30,6 +31,15 @@ pub enum Shown {
     Public,
     /// To each client what its own login was shown to open within so long, and what anyone may pull.
     Proven(Duration),
+}
+
+/// What one who knocks gets to see of a repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sight {
+    /// Something: it is open.
+    Open,
+    /// An empty list, which says nothing.
+    Nothing,
 }
 
 impl Cache {
@@ -110,43 +120,48 @@ impl Cache {
         }
     }
 
-    /// Asks for something by HEAD, in a visit's name: an answer means that the repository is open to it.
+    /// Asks for something by HEAD, in a visit's name: an answer means that the repository is open to it. That this very thing is missing,
+    /// or that HEAD is not known, says nothing about the repository, but its list of tags does, if it names any.
     pub(super) async fn knock(
         &self,
         visit: &Visit,
         resource: &Resource,
-    ) -> Result<(), UpstreamError> {
+    ) -> Result<Sight, UpstreamError> {
         let Ok(origin) = self.origin(visit) else {
-            return Ok(());
+            return Ok(Sight::Nothing);
         };
-        let first = ask(visit, resource.clone(), Method::Head);
-        match send(origin, first).await {
-            Err(error) if says_nothing_of_rights(&error) => {
-                // This very thing is missing, or HEAD is not known: that says nothing about the repository, but its list of tags does.
-                let tags = Resource::Tags(Page {
-                    n: Some(1),
-                    ..Page::default()
-                });
-                let second = ask(visit, tags, Method::Get);
-                // Where the list is refused or missing too, the first answer is what the client is told.
-                send(origin, second)
-                    .await
-                    .map_err(|second| if denies(&second) { second } else { error })
+        let first = match resource {
+            // Of what they hide, some registries give everyone an empty list, which no HEAD tells from another.
+            Resource::Tags(_) => None,
+            Resource::Manifest(_) | Resource::Blob(_) | Resource::Referrers { .. } => {
+                let head = ask(visit, resource.clone(), Method::Head);
+                match origin.upstream.send(&head, Deadline::for_answer()).await {
+                    Ok(_answer) => return Ok(Sight::Open),
+                    Err(error) if says_nothing_of_rights(&error) => Some(error),
+                    Err(error) => return Err(error),
+                }
             }
-            asked => asked,
+        };
+        // Where the list is refused or missing too, the first answer is what the client is told.
+        match (list(origin, visit).await, first) {
+            (Ok(Sight::Open), _) => Ok(Sight::Open),
+            (Err(second), Some(_)) if denies(&second) => Err(second),
+            (Ok(Sight::Nothing) | Err(_), Some(first)) => Err(first),
+            (listed, None) => listed,
         }
     }
 
     async fn judge_opening(
         &self,
         source: &Source,
-        (resource, asked): (Resource, Result<(), UpstreamError>),
+        (resource, asked): (Resource, Result<Sight, UpstreamError>),
     ) -> Result<(), CacheError> {
         let error = match asked {
-            Ok(()) => {
+            Ok(Sight::Open) => {
                 self.note_public(source, Some(self.inner.clock.now())).await;
                 return Ok(());
             }
+            Ok(Sight::Nothing) => return Err(unknown(source, &resource)),
             Err(error) => error,
         };
         if denies(&error) {
@@ -167,9 +182,21 @@ impl Cache {
     }
 }
 
-async fn send(origin: &Origin, ask: Ask) -> Result<(), UpstreamError> {
-    let sent = origin.upstream.send(&ask, Deadline::for_answer()).await;
-    sent.map(drop)
+/// Looks whether the repository's list of tags names any.
+async fn list(origin: &Origin, visit: &Visit) -> Result<Sight, UpstreamError> {
+    let one = Page {
+        n: Some(1),
+        ..Page::default()
+    };
+    let tags = ask(visit, Resource::Tags(one), Method::Get);
+    let deadline = Deadline::for_answer();
+    let mut answer = origin.upstream.send(&tags, deadline).await?;
+    let body = answer.read_to(PAGE_LIMIT, deadline).await?;
+    Ok(if names_a_tag(&body) {
+        Sight::Open
+    } else {
+        Sight::Nothing
+    })
 }
 
 /// A time that lies ahead is none: the clock was set back, and what it said then is worth nothing.
@@ -180,12 +207,16 @@ fn is_believed(since: Timestamp, now: Timestamp) -> bool {
 /// What a refusal that is none of rights means.
 pub(super) fn no_answer(source: &Source, resource: &Resource, error: UpstreamError) -> CacheError {
     if matches!(error.fault(), Fault::NotFound { .. }) {
-        return CacheError::Unknown {
-            thing: thing(resource),
-            source_: source.clone(),
-        };
+        return unknown(source, resource);
     }
     CacheError::Upstream(Arc::new(error))
+}
+
+pub(super) fn unknown(source: &Source, resource: &Resource) -> CacheError {
+    CacheError::Unknown {
+        thing: thing(resource),
+        source_: source.clone(),
+    }
 }
 
 pub(super) fn denies(error: &UpstreamError) -> bool {

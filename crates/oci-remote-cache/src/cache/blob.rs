@@ -250,6 +250,7 @@ impl Cache {
         joined: Joined,
         (role, deadline): (Role, Deadline),
     ) -> Result<Option<BlobAnswer>, CacheError> {
+        let led_by_another = role == Role::Joined && !joined.is_led_by(&visit.identity);
         match joined.open(deadline).await {
             Ok(Some(open)) => {
                 self.lift(visit, None).await;
@@ -263,9 +264,7 @@ impl Cache {
                 Ok(Some(BlobAnswer::Filling(Box::new(open), verdict)))
             }
             Ok(None) => Err(CacheError::Late),
-            Err(error) if role == Role::Joined && visit.is_personal() && is_denial(&error) => {
-                Ok(None)
-            }
+            Err(error) if led_by_another && is_refusal(&error) => Ok(None),
             Err(error) => Err(self.judge_fill(visit, digest, error).await),
         }
     }
@@ -275,10 +274,7 @@ impl Cache {
         let FillError::Upstream(upstream) = &error else {
             return error.into();
         };
-        if !matches!(
-            upstream.fault(),
-            Fault::NotFound { .. } | Fault::Denied { .. }
-        ) {
+        if !is_refusal(&error) {
             return CacheError::Upstream(Arc::clone(upstream));
         }
         self.judge_refusal(visit, Thing::Blob, digest.to_string(), upstream)
@@ -316,6 +312,9 @@ impl Cache {
     }
 }
 
-fn is_denial(error: &FillError) -> bool {
-    matches!(error, FillError::Upstream(error) if matches!(error.fault(), Fault::Denied { .. }))
+fn is_refusal(error: &FillError) -> bool {
+    let FillError::Upstream(error) = error else {
+        return false;
+    };
+    matches!(error.fault(), Fault::NotFound { .. } | Fault::Denied { .. })
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Cache;
-use super::access::{denies, no_answer};
+use super::access::{Sight, denies, no_answer, unknown};
 use super::error::CacheError;
 use super::proofs::Denial;
 use super::visit::Visit;
@@ -42,12 +42,7 @@ impl Cache {
             let question = (resource.clone(), ttl, deadline);
             match self.show(&nobody, question).await {
                 Ok(()) => return Ok(nobody),
-                // Registries hide from strangers that a repository is there.
-                Err(
-                    CacheError::LogIn { .. }
-                    | CacheError::Denied { .. }
-                    | CacheError::Unknown { .. },
-                ) if own.is_some() => {}
+                Err(error) if own.is_some() && is_for_strangers(&error) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -104,10 +99,11 @@ impl Cache {
         }
         let asked = self.knock(visit, resource).await;
         match asked {
-            Ok(()) => {
+            Ok(Sight::Open) => {
                 proofs.prove(visitor, ttl);
                 Ok(())
             }
+            Ok(Sight::Nothing) => Err(unknown(visit, resource)),
             Err(error) if denies(&error) => Err(self.deny(visit, refused(&error))),
             Err(error) => Err(no_answer(visit, resource, error)),
         }
@@ -140,6 +136,18 @@ impl Cache {
             .into_iter()
             .any(|name| proofs.is_open(&(source.clone(), name)))
     }
+}
+
+/// Whether the upstream may say something else to one whom it knows: it refuses strangers, hides from them that a repository is there,
+/// or has given them all that it gives in a while.
+fn is_for_strangers(error: &CacheError) -> bool {
+    if let CacheError::Upstream(error) = error {
+        return matches!(error.fault(), Fault::RateLimited { .. });
+    }
+    matches!(
+        error,
+        CacheError::LogIn { .. } | CacheError::Denied { .. } | CacheError::Unknown { .. }
+    )
 }
 
 fn credentials(login: &ClientLogin) -> Arc<Credentials> {

@@ -26,7 +26,7 @@ use crate::upstream::{Answer, Fault, Method, Resource};
 use crate::verdict::Verdict;
 
 /// The longest page read from an upstream: 4 MiB.
-const PAGE_LIMIT: usize = 4 << 20;
+pub(super) const PAGE_LIMIT: usize = 4 << 20;
 
 /// Pages kept in memory: 16 MiB.
 const MEMORY: u64 = 16 << 20;
@@ -320,6 +320,12 @@ impl Cache {
             checked: self.inner.clock.now(),
         })
     }
+}
+
+/// Whether this is a list of tags that names any.
+pub(super) fn names_a_tag(body: &[u8]) -> bool {
+    let list = serde_json::from_slice::<TagList>(body);
+    list.is_ok_and(|list| list.tags.is_some_and(|tags| !tags.is_empty()))
 }
 
 /// The parameters of the page that a `Link` header calls next (RFC 8288); where it leads is not looked at.

@@ -31,6 +31,9 @@ const QUEUE: usize = 64;
 /// Manifests of one image: an index of more was not made for machines.
 const MOST_MANIFESTS: usize = 256;
 
+/// Manifests and blobs of one image together: it must not keep its turn for ever.
+const MOST_PARTS: usize = 5000;
+
 /// What to fetch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WarmWish {
@@ -60,8 +63,8 @@ pub enum WarmError {
     /// Others need what is left of the upstream's rate limit.
     #[error("the upstream's rate limit runs low, and is left to those who wait for an answer")]
     GaveWay,
-    /// The index names more manifests than any image has.
-    #[error("the image has more than {MOST_MANIFESTS} manifests")]
+    /// There is more of it than of any image.
+    #[error("the image has more than {MOST_MANIFESTS} manifests, or {MOST_PARTS} parts")]
     TooMany,
     /// The process is stopping.
     #[error("the cache is shutting down")]
@@ -170,6 +173,9 @@ impl Work {
             }
             let blobs = view.blobs().iter().map(|blob| &blob.digest);
             let new: Vec<&AnyDigest> = blobs.filter(|digest| self.is_new(digest)).collect();
+            if self.seen.len() > MOST_PARTS {
+                return Err(WarmError::TooMany);
+            }
             for digest in new {
                 self.blob(digest).await?;
             }

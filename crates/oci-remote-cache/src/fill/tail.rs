@@ -14,6 +14,7 @@ use super::plan::Appetite;
 use super::{Fill, FillError, Fills, Phase, Progress, Seat, Wish};
 use crate::deadline::Deadline;
 use crate::store::span::Span;
+use crate::upstream::Identity;
 use crate::verdict::Why;
 
 /// The most that is held back until the verdict, in bytes: 64 KiB.
@@ -82,6 +83,11 @@ impl Joined {
             fills: fills.clone(),
             progress: fill.progress.subscribe(),
         }
+    }
+
+    /// Whether the fill asks in this name.
+    pub fn is_led_by(&self, identity: &Identity) -> bool {
+        self.seat.fill.ask.identity.is_same(identity)
     }
 
     /// Waits for the upstream's answer, at most until `deadline` (then `None`). The outer error is the fill's.

@@ -125,11 +125,12 @@ impl Pace {
         ))
     }
 
-    /// Forgets whoever has its whole burst again; where that is nobody, everyone: memory goes before fairness.
+    /// Forgets whoever has its whole burst again; where those are few, everyone: memory goes before fairness, and looking through all of
+    /// them must not be the price of each newcomer.
     fn make_room(&self, buckets: &mut HashMap<IpAddr, Bucket>, now: Instant) {
         let burst = f64::from(self.rate.burst);
         buckets.retain(|_, bucket| bucket.refilled(self.rate, now) < burst);
-        if buckets.len() >= MOST_ADDRESSES {
+        if buckets.len() > MOST_ADDRESSES / 8 * 7 {
             buckets.clear();
         }
     }
@@ -236,6 +237,17 @@ mod tests {
             pace.enter(IpAddr::from(n.to_be_bytes())).unwrap();
         }
         assert!(pace.buckets.lock().unwrap().len() <= MOST_ADDRESSES);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn newcomers_do_not_each_cost_a_look_at_all() {
+        let pace = pace(1, 2);
+        let enter = |n: u32| pace.enter(IpAddr::from(n.to_be_bytes())).unwrap();
+        enter(0);
+        tokio::time::advance(Duration::from_secs(1)).await;
+        (1..=u32::try_from(MOST_ADDRESSES).unwrap()).for_each(enter);
+        // Only the first had its burst again.
+        assert!(pace.buckets.lock().unwrap().len() <= MOST_ADDRESSES / 8 * 7);
     }
 
     #[test]

@@ -303,10 +303,12 @@ async fn resolve(
     port: u16,
 ) -> Result<Addrs, Box<dyn std::error::Error + Send + Sync>> {
     let name = name.trim_start_matches('[').trim_end_matches(']');
-    let found = tokio::net::lookup_host((name, port)).await?;
     if rules.is_proxy(name) {
+        // Its own URL says its port; `port` is that of what is asked for through it.
+        let found = tokio::net::lookup_host((name, 0)).await?;
         return Ok(Box::new(found.collect::<Vec<_>>().into_iter()));
     }
+    let found = tokio::net::lookup_host((name, port)).await?;
     let mut allowed = Vec::new();
     let mut refused = None;
     for address in found {
@@ -324,7 +326,24 @@ async fn resolve(
 
 #[cfg(test)]
 mod tests {
-    use super::is_local;
+    use super::{Class, Rules, is_local, resolve};
+
+    #[tokio::test]
+    async fn a_proxy_is_met_at_its_own_port() {
+        let rules = Rules {
+            class: Class::Public,
+            own: ("registry.example".into(), 443),
+            named: Vec::new(),
+            trusted: Vec::new(),
+            listeners: Vec::new(),
+            proxy: Some("localhost".into()),
+            is_local,
+        };
+        let found = resolve(&rules, "localhost", 443).await.unwrap();
+        let ports: Vec<u16> = found.map(|address| address.port()).collect();
+        // The connector puts its URL's port, said or implied, where there is none.
+        assert!(!ports.is_empty() && ports.iter().all(|port| *port == 0));
+    }
 
     #[test]
     fn loopback_is_local_and_the_internet_is_not() {

@@ -40,6 +40,15 @@ impl Identity {
     pub fn is_configured(&self) -> bool {
         matches!(self, Self::Configured)
     }
+
+    /// Whether both ask with the same rights.
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Configured, Self::Configured) | (Self::Anonymous, Self::Anonymous) => true,
+            (Self::Client(one), Self::Client(other)) => one.id == other.id,
+            (Self::Configured | Self::Anonymous | Self::Client(_), _) => false,
+        }
+    }
 }
 
 /// User names by which clients say that the password is a refresh token: docker's and Azure's.

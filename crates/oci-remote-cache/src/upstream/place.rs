@@ -51,13 +51,16 @@ impl Place {
         }
     }
 
-    /// Lets a request pass, unless the place wants to be left alone, or the operator wants it so.
-    pub(super) fn enter(&self) -> Result<(), Failure> {
+    /// Lets a request pass, unless the place wants to be left alone, or the operator wants it so. A client's own login has limits of its
+    /// own: what others used up keeps it out no more than the other way round.
+    pub(super) fn enter(&self, ask: &Ask) -> Result<(), Failure> {
         if self.offline.is_on() {
             return Err(Fault::Offline.into());
         }
         let now = Instant::now();
-        if let Some(retry_after) = self.gate.closed_for(now) {
+        let own_limits = ask.mirror == 0 && matches!(ask.identity, Identity::Client(_));
+        let closed_for = self.gate.closed_for(now).filter(|_| !own_limits);
+        if let Some(retry_after) = closed_for {
             return Err(Fault::RateLimited { retry_after }.into());
         }
         self.breaker

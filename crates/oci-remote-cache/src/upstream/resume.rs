@@ -313,7 +313,8 @@ impl BlobStream {
 }
 
 impl Upstream {
-    /// Asks, and asks the next mirror when a place gives no answer. A refusal is an answer: the first place that gives one decides.
+    /// Asks, and asks the next mirror when a place gives no answer. A refusal is an answer, except a mirror's where the upstream might have
+    /// known us: the first place that gives one decides.
     pub async fn ask(&self, ask: Ask, deadline: Deadline) -> Result<Answer, UpstreamError> {
         self.ask_from(ask, deadline).await.map(|(answer, _)| answer)
     }
@@ -349,18 +350,36 @@ impl Upstream {
         mut ask: Ask,
         deadline: Deadline,
     ) -> Result<(Answer, usize), UpstreamError> {
+        let mut silence: Option<UpstreamError> = None;
         for left in (2..=self.places()).rev() {
             // A place that hangs must leave time for the others.
             let share = deadline.remaining() / u32::try_from(left).unwrap_or(1);
             match self.send(&ask, deadline.at_most(share)).await {
-                Err(error) if error.is_outage() => tracing::warn!(%error, "asking the next mirror"),
+                Err(error) if error.is_outage() || self.is_to_strangers(&ask, &error) => {
+                    tracing::warn!(%error, "asking the next mirror");
+                    silence = silence.filter(UpstreamError::is_outage).or(Some(error));
+                }
                 answered => return answered.map(|answer| (answer, ask.mirror)),
             }
             ask.mirror = (ask.mirror + 1) % self.places();
         }
-        self.send(&ask, deadline)
-            .await
-            .map(|answer| (answer, ask.mirror))
+        match self.send(&ask, deadline).await {
+            Err(error) if self.is_to_strangers(&ask, &error) => Err(silence.unwrap_or(error)),
+            answered => answered.map(|answer| (answer, ask.mirror)),
+        }
+    }
+
+    /// Whether a mirror, which never learns who we are, refused what the upstream itself might have given us. That it refuses strangers
+    /// at all is its own affair; that it has nothing for them may be how it hides what it has.
+    fn is_to_strangers(&self, ask: &Ask, error: &UpstreamError) -> bool {
+        let hides = match &ask.identity {
+            Identity::Configured => !self.credential(&ask.repository).is_anonymous(),
+            Identity::Client(_) => true,
+            Identity::Anonymous => false,
+        };
+        let refused = matches!(error.fault(), Fault::Denied { .. });
+        let missing = matches!(error.fault(), Fault::NotFound { .. });
+        ask.mirror > 0 && (refused || (missing && hides))
     }
 
     /// The error for an answer that is none.

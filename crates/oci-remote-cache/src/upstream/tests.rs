@@ -558,10 +558,18 @@ async fn our_own_listener_is_no_target() {
 
 #[tokio::test]
 async fn an_expired_signed_url_is_asked_for_again() {
-    for status in [400, 403, 410] {
+    let basic = ("WWW-Authenticate", r#"Basic realm="cdn""#);
+    let cases: [(u16, &[(&str, &str)]); 5] = [
+        (400, &[]),
+        (401, &[]),
+        (401, &[basic]),
+        (403, &[]),
+        (410, &[]),
+    ];
+    for (status, headers) in cases {
         let bench = Bench::new().await;
         let (layer, origin) = bench.redirected().await;
-        let expired = || faults::status(status, &[], "<Error/>");
+        let expired = || faults::status(status, headers, "<Error/>");
         origin.script(Matcher::blobs().once(), expired());
         let upstream = bench.upstream();
         assert_eq!(body(&upstream, &blob(&layer)).await, layer.data);

@@ -72,7 +72,7 @@ pub(super) async fn attempt(
 
 /// From the registry through its redirects to whoever does not redirect.
 async fn walk(place: &Place, ask: &Ask, deadline: Deadline) -> Result<Arrived, Failure> {
-    place.enter()?;
+    place.enter(ask)?;
     let door = place.reach.door().await?;
     let start = ask.url(&place.url);
     door.rules

@@ -9,9 +9,9 @@ use base64::engine::general_purpose::STANDARD;
 use testbed::cache::{blob_path, manifest_path};
 use testbed::image::ACCEPT_ALL;
 use testbed::{
-    Auth, Basic, Bearer, CacheBuilder, CacheProcess, Content, Exchange, Gate, Image, ImageSpec,
-    Kind, Matcher, Registry, Request, Response, ServeOptions, TokenServer, Upstream, assert_good,
-    faults,
+    Auth, Basic, Bearer, CacheBuilder, CacheProcess, Content, Exchange, Gate, Handler, Image,
+    ImageSpec, Kind, Matcher, Registry, Request, Response, ServeOptions, TokenServer, Upstream,
+    assert_good, faults,
 };
 use tokio::time::sleep;
 
@@ -351,6 +351,93 @@ async fn who_waits_for_a_transfer_does_not_fall_with_its_leader() {
     assert_eq!(alice.response().await.status, 403);
     let carol = carol.response().await;
     assert!(carol.is_right(), "{carol}");
+    scene.cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_strangers_used_up_keeps_no_login_out() {
+    let scene = calm_scene().await;
+    let users = Arc::clone(&scene.doors.users);
+    let limited = faults::error(429, "TOOMANYREQUESTS", &[("Retry-After", "120")]);
+    let by_login = Handler::new(move |exchange| {
+        let shown = exchange.header("authorization").is_some();
+        if shown && users["alice"].refuse(&exchange).is_some() {
+            limited.call(exchange)
+        } else {
+            faults::usual().call(exchange)
+        }
+    });
+    scene.registry.script(Kind::Manifest, by_login.clone());
+    scene.registry.script(Kind::Blob, by_login);
+    assert_eq!(scene.tag(None).await.status, 429);
+    scene.pull(ALICE).await;
+    assert_eq!(scene.tag(None).await.status, 429);
+    scene.cache.check_invariants().await;
+}
+
+/// The usual answer to Carol; to others this one, once the gate is open.
+fn but_for_carol(scene: &Scene, (gate, other): (&Gate, Handler)) -> Handler {
+    let (users, gate) = (Arc::clone(&scene.doors.users), gate.clone());
+    Handler::new(move |exchange| {
+        let (gate, other) = (gate.clone(), other.clone());
+        if users["carol"].refuse(&exchange).is_none() {
+            return faults::usual().call(exchange);
+        }
+        Box::pin(async move {
+            gate.opened().await;
+            other.call(exchange).await;
+        })
+    })
+}
+
+/// Registries hide by 404 too: what one login is not shown, another may be.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_leader_is_not_shown_is_asked_for_with_the_next_login() {
+    let scene = calm_scene().await;
+    assert_eq!(scene.tag(Some(ALICE)).await.status, 200);
+    assert_eq!(scene.tag(Some(CAROL)).await.status, 200);
+    let blob = Content::blob(300_000, "shown to one");
+    scene.registry.put_blob(PRIVATE, &blob);
+    let gate = Gate::new();
+    let hidden = faults::error(404, "BLOB_UNKNOWN", &[]);
+    let by_login = but_for_carol(&scene, (&gate, hidden));
+    let gets = Matcher::blobs().repo(PRIVATE).method("GET");
+    scene.registry.script(gets.of(blob.digest), by_login);
+    let path = blob_path("up", PRIVATE, blob.digest);
+    let alice = signed(Request::get(&path), Some(ALICE)).start(scene.cache.port());
+    gate.reached().await;
+    let carol = signed(Request::get(&path).compare(&blob.data), Some(CAROL));
+    let carol = carol.start(scene.cache.port());
+    sleep(Duration::from_millis(200)).await;
+    gate.open();
+    assert_eq!(alice.response().await.status, 404);
+    let carol = carol.response().await;
+    assert!(carol.is_right(), "{carol}");
+    scene.cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_is_one_question_for_all_who_wait_with_the_same_login() {
+    let scene = calm_scene().await;
+    assert_eq!(scene.tag(Some(ALICE)).await.status, 200);
+    scene.expel("alice");
+    let blob = Content::blob(300_000, "asked for by many");
+    scene.registry.put_blob(PRIVATE, &blob);
+    let gate = Gate::new();
+    let gets = Matcher::blobs().repo(PRIVATE).method("GET");
+    let first = gets.of(blob.digest).once();
+    scene.registry.script(first, faults::held(&gate));
+    let path = blob_path("up", PRIVATE, blob.digest);
+    let ask = |_| signed(Request::get(&path), Some(ALICE)).start(scene.cache.port());
+    let waiting: Vec<_> = (0..20).map(ask).collect();
+    gate.reached().await;
+    sleep(Duration::from_millis(300)).await;
+    gate.open();
+    for one in waiting {
+        assert_eq!(one.response().await.status, 403);
+    }
+    let asked = scene.registry.count((Kind::Blob, "GET", blob.digest));
+    assert!(asked <= 3, "{asked}: with a token, bare, with a new one");
     scene.cache.check_invariants().await;
 }
 

@@ -7,10 +7,10 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use tempfile::TempDir;
 use testbed::cache::{blob_path, manifest_path};
-use testbed::image::ACCEPT_ALL;
+use testbed::image::{ACCEPT_ALL, OCI_MANIFEST};
 use testbed::{
-    CacheProcess, Gate, Image, ImageSpec, Kind, Registry, Request, Response, Upstream, assert_good,
-    eventually, faults,
+    CacheProcess, Content, Gate, Image, ImageSpec, Kind, Registry, Request, Response, Upstream,
+    assert_good, eventually, faults,
 };
 
 use crate::stage::{REPO, assert_holds, assert_refused, cache};
@@ -58,7 +58,7 @@ fn warm_path(repo: &str, reference: &str, query: &str) -> String {
     format!("/v2/up/{repo}/_oci-remote-cache/warm/{reference}{query}")
 }
 
-fn everything(image: &Image) -> Vec<testbed::Content> {
+fn everything(image: &Image) -> Vec<Content> {
     let blobs = image.blobs().cloned();
     std::iter::once(image.manifest.clone())
         .chain(blobs)
@@ -124,7 +124,7 @@ async fn what_is_taken_back_right_behind_a_pull_leaves_no_file() {
 #[tokio::test(flavor = "multi_thread")]
 async fn readers_go_on_reading_what_is_taken_back() {
     let (_folder, registry, cache) = scene().await;
-    let blob = testbed::Content::blob(20_000_000, "the blob");
+    let blob = Content::blob(20_000_000, "the blob");
     registry.put_blob(REPO, &blob);
     let path = blob_path("up", REPO, blob.digest);
     assert_good(&send(&cache, "boss", "GET", &path).await, &blob);
@@ -160,6 +160,22 @@ async fn a_tag_goes_alone_and_stays_away_after_a_restart() {
         &send(&cache, "bob", "GET", &by_digest).await,
         &image.manifest,
     );
+    cache.check_invariants().await;
+}
+
+/// A tag that was taken back moves, which a HEAD tells; then the upstream goes silent.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_taken_back_is_not_fallen_back_on() {
+    let (_folder, registry, cache) = scene().await;
+    let bad = registry.put_image(&ImageSpec::new(REPO, "v1").seed("bad"));
+    pull(&cache, "bob", "up", &bad).await;
+    let tag = manifest_path("up", REPO, "v1");
+    assert_eq!(send(&cache, "boss", "DELETE", &tag).await.status, 202);
+    registry.put_image(&ImageSpec::new(REPO, "v1").seed("good"));
+    assert_eq!(send(&cache, "bob", "HEAD", &tag).await.status, 200);
+    registry.server().stop().await;
+    let none = send(&cache, "bob", "GET", &tag).await;
+    assert!(none.status >= 500, "{none}");
     cache.check_invariants().await;
 }
 
@@ -248,8 +264,24 @@ async fn of_an_index_only_the_platform_that_is_wanted() {
     assert_eq!(told["manifests"], 3);
     let bad = send(&cache, "ci", "POST", &warm_path(REPO, "v1", "?platform=x")).await;
     assert_refused(&bad, &[400]);
-    let parts: Vec<testbed::Content> = multi.images.iter().flat_map(everything).collect();
+    let parts: Vec<Content> = multi.images.iter().flat_map(everything).collect();
     assert_holds(&cache, parts.iter().chain([&multi.index])).await;
+    cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_without_end_is_not_fetched() {
+    let (_folder, registry, cache) = scene().await;
+    let layers: Vec<Content> = (0..5001)
+        .map(|n| Content::blob(8, &format!("layer {n}")))
+        .collect();
+    let config = Content::blob(20, "config");
+    let manifest = Content::manifest(&config, &layers, OCI_MANIFEST);
+    registry.put_manifest(REPO, Some("v1"), &manifest);
+    let path = warm_path(REPO, "v1", "?wait=true");
+    let refused = send(&cache, "ci", "POST", &path).await;
+    assert_refused(&refused, &[502]);
+    assert_eq!(registry.count(Kind::Blob), 0);
     cache.check_invariants().await;
 }
 

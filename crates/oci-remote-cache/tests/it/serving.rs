@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use serde_json::json;
+use testbed::cache::{blob_path, manifest_path};
 use testbed::token::Auth;
 use testbed::{
-    Bearer, CacheBuilder, CacheProcess, Exchange, Image, ImageSpec, Kind, Registry, TokenServer,
-    Upstream, assert_good,
+    Bearer, CacheBuilder, CacheProcess, Exchange, Handler, Image, ImageSpec, Kind, Matcher,
+    Registry, Request, TokenServer, Upstream, assert_good, faults,
 };
 
 use crate::stage::{assert_holds_nothing, assert_refused, cache, head_manifest};
@@ -194,6 +196,52 @@ async fn a_missing_tag_shows_nothing_but_the_list_does() {
     );
     // A private one is refused for what it has and what it has not alike.
     assert_refused(&cache.manifest("up", PRIVATE, "nosuch").await, &[403]);
+    cache.check_invariants().await;
+}
+
+/// The usual answer to our user, and to who shows nothing yet; to strangers this one.
+fn but_to_strangers(scene: &Scene, what: Handler) -> Handler {
+    let user = Bearer::of(&scene.tokens).identity(USER);
+    Handler::new(move |exchange| {
+        let shown = exchange.header("authorization").is_some();
+        if shown && user.refuse(&exchange).is_some() {
+            return what.call(exchange);
+        }
+        faults::usual().call(exchange)
+    })
+}
+
+/// Some registries give strangers an empty list of the tags that they hide, and say of everything else that it is not there.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_list_of_tags_shows_nothing() {
+    let scene = scene().await;
+    let empty = json!({ "name": PRIVATE, "tags": null }).to_string();
+    let empty = faults::status(200, &[("Content-Type", "application/json")], empty);
+    let missing = faults::error(404, "MANIFEST_UNKNOWN", &[]);
+    for (kind, what) in [
+        (Kind::Manifest, missing.clone()),
+        (Kind::Blob, missing),
+        (Kind::Tags, empty),
+    ] {
+        let matcher = Matcher::from(kind).repo(PRIVATE);
+        scene
+            .registry
+            .script(matcher, but_to_strangers(&scene, what));
+    }
+    let cache = scene.open_cache().start().await;
+    let image = &scene.private;
+    for path in [
+        manifest_path("up", PRIVATE, "v1"),
+        manifest_path("up", PRIVATE, image.manifest.digest),
+        blob_path("up", PRIVATE, image.layer().digest),
+        format!("/v2/up/{PRIVATE}/tags/list"),
+    ] {
+        for request in [Request::get(&path), Request::head(&path)] {
+            let answer = cache.send(request).await;
+            assert_eq!(answer.status, 404, "{path}: {answer}");
+        }
+    }
+    assert_eq!(scene.logins(), 0, "nothing was fetched for strangers");
     cache.check_invariants().await;
 }
 

@@ -403,7 +403,7 @@ async fn behind_a_cdn(blob: &Content) -> (Registry, Origin, CacheProcess) {
 /// R07
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expired_url_is_renewed() {
-    for status in [400, 403, 410] {
+    for status in [400, 401, 403, 410] {
         let blob = Content::blob(SIZE, "signed");
         let (registry, origin, cache) = behind_a_cdn(&blob).await;
         let expired = faults::status(
@@ -566,6 +566,33 @@ async fn a_mirror_is_asked_while_the_registry_is_down() {
     );
     assert_holds(&cache, [&image.manifest, &image.config, image.layer()]).await;
     cache.check_invariants().await;
+}
+
+/// A mirror is asked as a stranger: what it refuses to strangers, or hides from them, was not refused by the upstream.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_mirror_refuses_to_strangers_is_no_word_of_the_upstream() {
+    for (status, credentials) in [(401, false), (403, false), (404, true)] {
+        let (registry, mirror) = (Registry::start().await, Registry::start().await);
+        let mut upstream = Upstream::new("up", registry.url())
+            .tag_ttl("0s")
+            .mirrors(&[mirror.url().as_str()]);
+        if credentials {
+            upstream = upstream.credentials("robot", "correct-horse-battery");
+        }
+        let cache = cache().upstream(upstream).start().await;
+        let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+        cache.pull("up", &image).await;
+        mirror.script(Matcher::any(), faults::error(status, "DENIED", &[]));
+        registry.stop().await;
+        for _ in 0..2 {
+            let stale = cache.manifest("up", REPO, "v1").await;
+            assert_good(&stale, &image.manifest);
+            assert!(stale.header("warning").is_some(), "{stale}");
+        }
+        assert!(mirror.count(Kind::Manifest) > 0);
+        cache.pull("up", &image).await;
+        cache.check_invariants().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -142,6 +142,61 @@ async fn what_was_recorded_survives_a_kill() {
 }
 
 #[tokio::test]
+async fn what_is_taken_back_ends_what_its_tags_meant() {
+    let bed = Bed::new();
+    let catalog = bed.open();
+    let here = source("docker.io", "library/alpine");
+    let meant = || {
+        catalog
+            .tag_history(&here, &tag(digest("a"), 1).tag)
+            .unwrap()
+    };
+    let record = |changes| catalog.record(changes);
+    catalog.record_tag(tag(digest("a"), 1)).await.unwrap();
+    catalog.record_tag(tag(digest("b"), 2)).await.unwrap();
+    let revoked = Change::Revoke(here.clone(), digest("a"), Kind::Manifest);
+    record(vec![revoked]).await.unwrap();
+    assert!(
+        !meant()[0].deleted,
+        "another manifest's purge is no matter of the tag's"
+    );
+    let revoked = Change::Revoke(here.clone(), digest("b"), Kind::Manifest);
+    record(vec![revoked]).await.unwrap();
+    assert!(meant()[0].deleted && !meant()[1].deleted);
+    catalog.record_tag(tag(digest("b"), 3)).await.unwrap();
+    assert!(!meant()[0].deleted, "the upstream says so again");
+    let untag = Change::Untag(here.clone(), tag(digest("b"), 3).tag);
+    record(vec![untag]).await.unwrap();
+    assert!(meant()[0].deleted);
+}
+
+/// What was shown to a login counts only where the very same text is read back.
+#[tokio::test]
+async fn whose_rights_it_was_is_read_back_as_written() {
+    let bed = Bed::new();
+    let catalog = bed.open();
+    let here = source("docker.io", "library/alpine");
+    let client = CredentialId::client(&digest("a login"));
+    let entry = CredentialId::configured("login:https://registry.example:5000/acme");
+    let whose = [CredentialId::clients(), client.recorded(), entry, alice()];
+    for credential in &whose {
+        let shown = digest(credential.as_str());
+        let membership = member(&here, shown, credential.clone(), Proof::Delivered);
+        catalog.record_membership(membership).await.unwrap();
+    }
+
+    let (_bed, found) = bed.killed();
+    for credential in whose {
+        let shown = digest(credential.as_str());
+        let read = found.membership(&here, &shown, Kind::Blob).unwrap();
+        assert_eq!(read.as_ref(), Some(&credential));
+        let delivered = found.delivered(&here.upstream, &shown).unwrap();
+        assert_eq!(delivered.as_ref(), Some(&credential));
+        assert!(!credential.is_anonymous() && !credential.is_client());
+    }
+}
+
+#[tokio::test]
 async fn the_file_is_private() {
     let bed = Bed::new();
     let catalog = bed.open();

@@ -152,11 +152,7 @@ fn apply(db: &Transaction<'_>, change: &Change, rights: &mut Rights) -> rusqlite
         }
         Change::Manifest(digest, record) => put_manifest(db, digest, record),
         Change::Tag(record) => put_tag(db, record),
-        Change::Untag(source, tag) => {
-            let delete = "DELETE FROM tags WHERE source = ?1 AND tag = ?2";
-            let source = source_id(db, source)?;
-            run(db.prepare_cached(delete)?, params![source, tag.as_str()])
-        }
+        Change::Untag(source, tag) => untag(db, source_id(db, source)?, tag.as_str()),
         Change::Revoke(source, digest, kind) => {
             rights.push(((source.clone(), *digest, *kind), None));
             revoke(db, source_id(db, source)?, (digest, *kind))
@@ -292,14 +288,16 @@ fn put_tag(db: &Transaction<'_>, record: &TagRecord) -> rusqlite::Result<()> {
     run(db.prepare_cached(insert)?, values)?;
     if record.suspended {
         // The upstream said that the tag is gone, so it was not seen.
-        let end = "UPDATE tag_history SET deleted = 1
-            WHERE id = (SELECT max(id) FROM tag_history WHERE source = ?1 AND tag = ?2)";
-        return run(
-            db.prepare_cached(end)?,
-            params![source, record.tag.as_str()],
-        );
+        return end_era(db, source, record.tag.as_str());
     }
     put_era(db, source, record)
+}
+
+/// What was taken back is not fallen back on either.
+fn untag(db: &Transaction<'_>, source: i64, tag: &str) -> rusqlite::Result<()> {
+    end_era(db, source, tag)?;
+    let delete = "DELETE FROM tags WHERE source = ?1 AND tag = ?2";
+    run(db.prepare_cached(delete)?, params![source, tag])
 }
 
 fn revoke(
@@ -313,8 +311,19 @@ fn revoke(
     if kind == Kind::Blob {
         return Ok(());
     }
+    let end = "UPDATE tag_history SET deleted = 1 WHERE id IN (
+        SELECT max(h.id) FROM tags t JOIN tag_history h ON h.source = t.source AND h.tag = t.tag
+        WHERE t.source = ?1 AND t.digest = ?2 GROUP BY h.tag)";
+    run(db.prepare_cached(end)?, params![source, digest.bytes()])?;
     let delete = "DELETE FROM tags WHERE source = ?1 AND digest = ?2";
     run(db.prepare_cached(delete)?, params![source, digest.bytes()])
+}
+
+/// Nothing that the tag meant up to now comes back while the upstream is silent.
+fn end_era(db: &Transaction<'_>, source: i64, tag: &str) -> rusqlite::Result<()> {
+    let end = "UPDATE tag_history SET deleted = 1
+        WHERE id = (SELECT max(id) FROM tag_history WHERE source = ?1 AND tag = ?2)";
+    run(db.prepare_cached(end)?, params![source, tag])
 }
 
 /// Lengthens the tag's latest era, or starts a new one where the digest is another.
