@@ -22,6 +22,9 @@ use crate::upstream::resume::BlobStream;
 /// A rate is told over no less than this, in milliseconds.
 const SETTLED: u64 = 200;
 
+/// No upstream that is slower than this machine brings so much between two looks at the socket: 128 KiB.
+const GULP: usize = 128 << 10;
+
 /// The end of a range that goes on until the upstream says that the blob is over.
 pub(super) const UNKNOWN: u64 = u64::MAX;
 
@@ -45,6 +48,8 @@ pub(super) struct Fetch {
 #[derive(Debug)]
 pub(super) struct Range {
     pub(super) position: AtomicU64,
+    /// Next byte to arrive: what is before it may still wait to be written.
+    received: AtomicU64,
     end: AtomicU64,
     measured: Mutex<Measured>,
 }
@@ -122,6 +127,7 @@ impl Fetch {
         });
         let range = Arc::new(Range {
             position: position.into(),
+            received: position.into(),
             end: end.into(),
             measured,
         });
@@ -160,7 +166,7 @@ impl Fetch {
 
     /// Notes the rate since the last look.
     pub(super) fn measure(&self, now: Instant) {
-        let position = self.range.position.load(Ordering::Relaxed);
+        let position = self.range.received.load(Ordering::Relaxed);
         let mut measured = self
             .range
             .measured
@@ -245,8 +251,11 @@ impl Worker {
             size += more.len();
             batch.push(more);
         }
-        // A batch that was there as a whole waited for us, not we for it: the machine is busy.
-        if size < BATCH {
+        self.range
+            .received
+            .store(self.stream.position(), Ordering::Relaxed);
+        // What is there in one gulp waited for us, not we for it: the machine is busy.
+        if size < GULP {
             self.shared.waited.fetch_add(waited, Ordering::Relaxed);
         }
         Ok(batch)

@@ -12,11 +12,14 @@ use tokio::time::Instant;
 /// How long one measurement lasts.
 const WINDOW: Duration = Duration::from_millis(300);
 
+/// How often the rate is looked at.
+const TICK: Duration = Duration::from_millis(100);
+
 /// A rest that comes within this time is not worth another connection.
 const SOON: u64 = 2;
 
 /// Timers that ring this much later than they should, each time, tell of a machine that has no time left.
-const LATE: Duration = Duration::from_millis(10);
+const LATE: Duration = Duration::from_millis(50);
 
 /// The measure of one transfer.
 #[derive(Debug)]
@@ -30,6 +33,8 @@ pub(super) struct Pace {
     waited: Duration,
     /// How late the timer rang at least, in this window.
     late: Option<Duration>,
+    /// How late it rang last.
+    last_late: Duration,
 }
 
 impl Pace {
@@ -40,9 +45,10 @@ impl Pace {
             window: now,
             bytes: 0,
             before: 0,
-            tick: now,
+            tick: now + TICK,
             waited: Duration::ZERO,
             late: None,
+            last_late: Duration::ZERO,
         }
     }
 
@@ -51,12 +57,13 @@ impl Pace {
         self.share
     }
 
-    /// When to look again.
-    pub(super) fn next_tick(&mut self, every: Duration) -> Instant {
-        let now = Instant::now();
-        if self.tick <= now {
-            self.tick = now + every;
-        }
+    /// Whether this machine was busy just now: what did not come in may lie in the socket, and another connection would bring it twice.
+    pub(super) fn is_late(&self) -> bool {
+        self.last_late > LATE
+    }
+
+    /// When to look again. A look that is overdue is not put off.
+    pub(super) fn next_look(&self) -> Instant {
         self.tick
     }
 
@@ -76,6 +83,8 @@ impl Pace {
     ) {
         self.waited += waited;
         let late = now.saturating_duration_since(self.tick);
+        self.last_late = late;
+        self.tick = now + TICK;
         self.late = Some(self.late.map_or(late, |least| least.min(late)));
         let elapsed = now.saturating_duration_since(self.window);
         if elapsed < WINDOW {
@@ -176,8 +185,8 @@ mod tests {
             }
             pace.share()
         };
-        assert_eq!(share_when_late([30, 20, 15, 40]), 1);
-        assert!(share_when_late([30, 0, 15, 40]) > 1);
+        assert_eq!(share_when_late([80, 70, 60, 90]), 1);
+        assert!(share_when_late([80, 0, 60, 90]) > 1);
     }
 
     #[test]

@@ -25,9 +25,6 @@ use crate::verdict::Why;
 /// How long a fill that nobody reads goes on when it is neither small nor half in.
 const ABANDONED: Duration = Duration::from_secs(30);
 
-/// How often the rate is looked at.
-const TICK: Duration = Duration::from_millis(100);
-
 /// A transfer under way.
 pub(super) struct Transfer {
     fill: Arc<Fill>,
@@ -161,7 +158,7 @@ impl Transfer {
     async fn event(&mut self) -> Event {
         let fill = Arc::clone(&self.fill);
         let tasks = self.fills.tasks.clone();
-        let tick = self.pace.next_tick(TICK);
+        let tick = self.pace.next_look();
         let turn = async {
             match &mut self.turn {
                 Turn::Waiting(place) => place.await,
@@ -269,7 +266,12 @@ impl Transfer {
         let active: Vec<_> = self.fetches.iter().map(Fetch::active).collect();
         let (wants, appetite) = self.fill.demand(size, &self.spool);
         let most = self.fills.per_blob(&self.fill.key.upstream);
-        let share = self.pace.share().min(most);
+        let share = if self.pace.is_late() {
+            active.len().max(1)
+        } else {
+            self.pace.share()
+        };
+        let share = share.min(most);
         plan::next(&View {
             size,
             gaps: &gaps,
