@@ -197,8 +197,9 @@ impl CacheProcess {
             .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
     }
 
-    /// All that the process wrote since the first start.
+    /// All that the process wrote since the first start. Its lines gather for some milliseconds before they are written.
     pub fn log(&self) -> String {
+        std::thread::sleep(Duration::from_millis(30));
         fs::read(self.log_path())
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
