@@ -298,6 +298,10 @@ impl Cache {
     }
 
     async fn get_digest(&self, visit: &Visit, digest: Digest) -> Result<Fetched, CacheError> {
+        // An earlier errand may have brought it between the look that missed it and this one.
+        if let Some(fetched) = self.brought(visit, digest).await {
+            return Ok(fetched);
+        }
         let upstream = &self.origin(visit)?.upstream;
         let reference = Reference::Digest(digest.into());
         let ask = manifest_ask(visit, reference, Method::Get);
@@ -314,6 +318,20 @@ impl Cache {
         self.lift(visit, Some(answer.0.credential())).await;
         let judged = read_manifest(visit, answer, Some(digest))?;
         Ok(self.keep(visit, judged, None).await)
+    }
+
+    async fn brought(&self, visit: &Visit, digest: Digest) -> Option<Fetched> {
+        if !self.is_member(visit, &digest, Kind::Manifest) {
+            return None;
+        }
+        let held = self.held(&digest).await?;
+        Some(Fetched {
+            digest,
+            media_type: held.media_type,
+            size: held.body.len() as u64,
+            body: Some(held.body),
+            verdict: Verdict::Hit,
+        })
     }
 
     /// Keeps a manifest, and the tag it came by: on disk, in the catalog, in memory. A cache fault costs the keeping, not the answer.
