@@ -52,7 +52,7 @@ async fn last_access(cache: &CacheProcess, count: usize) -> Value {
 /// How many answers the metrics count under these labels.
 async fn answers(cache: &CacheProcess, kind: &str, verdict: &str) -> u64 {
     // An answer is counted when its last byte has left, and its client may see that byte first.
-    sleep(Duration::from_millis(30)).await;
+    tokio::time::sleep(Duration::from_millis(30)).await;
     let (kind, verdict) = (format!("kind=\"{kind}\""), format!("verdict=\"{verdict}\""));
     cache
         .metrics()
