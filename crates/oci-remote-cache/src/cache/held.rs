@@ -9,7 +9,7 @@ use super::blob::{BlobAnswer, BlobHead};
 use super::error::{CacheError, Thing};
 use super::freshness::{Fallback, Freshness, Instead};
 use super::listing::{List, Listing};
-use super::manifest::{ManifestAnswer, ManifestWish, Method};
+use super::manifest::{Fetched, ManifestAnswer, ManifestWish, Method};
 use super::visit::Visit;
 use crate::names::Source;
 use crate::store::Blob;
@@ -130,6 +130,21 @@ impl Cache {
             });
         }
         Ok(())
+    }
+
+    /// A manifest that its repository is on record as holding, as an errand would bring it.
+    pub(super) async fn brought(&self, visit: &Visit, digest: Digest) -> Option<Fetched> {
+        if !self.is_member(visit, &digest, Kind::Manifest) {
+            return None;
+        }
+        let held = self.held(&digest).await?;
+        Some(Fetched {
+            digest,
+            media_type: held.media_type,
+            size: held.body.len() as u64,
+            body: Some(held.body),
+            verdict: Verdict::Hit,
+        })
     }
 }
 

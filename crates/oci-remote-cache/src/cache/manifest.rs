@@ -320,20 +320,6 @@ impl Cache {
         Ok(self.keep(visit, judged, None).await)
     }
 
-    async fn brought(&self, visit: &Visit, digest: Digest) -> Option<Fetched> {
-        if !self.is_member(visit, &digest, Kind::Manifest) {
-            return None;
-        }
-        let held = self.held(&digest).await?;
-        Some(Fetched {
-            digest,
-            media_type: held.media_type,
-            size: held.body.len() as u64,
-            body: Some(held.body),
-            verdict: Verdict::Hit,
-        })
-    }
-
     /// Keeps a manifest, and the tag it came by: on disk, in the catalog, in memory. A cache fault costs the keeping, not the answer.
     pub(super) async fn keep(
         &self,
