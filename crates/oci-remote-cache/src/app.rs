@@ -346,6 +346,7 @@ fn origins(
             }
             let id = settings.id.clone();
             let rules = upstream.rules.clone();
+            let read_ahead = upstream.read_ahead;
             let shown = match (upstream.by_login, upstream.serve) {
                 (Some(ttl), _) => Shown::Proven(ttl),
                 (None, Serve::All) => Shown::All,
@@ -362,6 +363,7 @@ fn origins(
                     upstream: Arc::new(upstream),
                     rules,
                     shown,
+                    read_ahead,
                 },
             ))
         })

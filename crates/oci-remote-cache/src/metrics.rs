@@ -85,10 +85,10 @@ pub enum Limited {
     Requests,
 }
 
-/// How a fill, or fetching an image ahead, ended.
+/// How a fill, or fetching an image ahead, ended; what became of a layer that was read ahead.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct OutcomeLabel {
-    /// `published`, `failed`, `mismatch`, `parked` or `alone`; `done`, `failed`, `gave-way` or `stopped`.
+    /// `published`, `failed`, `mismatch`, `parked` or `alone`; `done`, `failed`, `gave-way` or `stopped`; `started` or `used`.
     pub outcome: &'static str,
 }
 
@@ -124,6 +124,8 @@ pub struct Metrics {
     pub warming: Gauge,
     /// Such images that came to an end.
     pub warmed: Family<OutcomeLabel, Counter>,
+    /// Layers fetched before anyone asked for them, and those of them that were asked for.
+    pub read_ahead: Family<OutcomeLabel, Counter>,
     /// Answers served past their age.
     pub stale: Family<WhyLabel, Counter>,
     /// Answers passed through without being kept.
@@ -180,6 +182,7 @@ impl Metrics {
                 "Images being fetched ahead, or waiting for it",
             ),
             warmed: counter(r, "warmed", "Images fetched ahead"),
+            read_ahead: counter(r, "read_ahead", "Layers fetched before they were asked for"),
             stale: counter(r, "stale", "Answers served past their age"),
             bypassed: counter(r, "bypassed", "Answers passed through without being kept"),
             store_faults: counter(

@@ -56,8 +56,23 @@ pub struct BlobHead {
 }
 
 impl Cache {
-    /// The blob, for a GET.
+    /// The blob, for a client's GET.
     pub async fn blob(
+        &self,
+        grant: &Grant,
+        digest: &AnyDigest,
+        wish: Wish,
+        deadline: Deadline,
+    ) -> Result<BlobAnswer, CacheError> {
+        let answer = self.find_blob(grant, digest, wish, deadline).await?;
+        if let AnyDigest::Known(digest) = digest {
+            self.read_ahead(grant, digest, wish);
+        }
+        Ok(answer)
+    }
+
+    /// The blob, whoever wants it.
+    pub(super) async fn find_blob(
         &self,
         grant: &Grant,
         digest: &AnyDigest,

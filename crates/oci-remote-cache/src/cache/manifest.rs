@@ -328,6 +328,7 @@ impl Cache {
         tag: Option<(&Tag, Timestamp)>,
     ) -> Fetched {
         self.remember_layers(&judged.view);
+        self.inner.images.expect(source, judged.view.blobs());
         let mut changes = judged.changes(source, tag);
         let Judged {
             digest, view, body, ..

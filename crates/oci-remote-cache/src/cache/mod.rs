@@ -5,6 +5,7 @@
 //! doors need to see of the floors below is named here again.
 
 mod access;
+mod ahead;
 pub mod blob;
 mod by_login;
 pub mod error;
@@ -74,6 +75,8 @@ pub struct Origin {
     pub rules: Rules,
     /// What is served of it.
     pub shown: Shown,
+    /// Bytes of an image that are fetched before anyone has asked for them; 0 for none.
+    pub read_ahead: u64,
 }
 
 /// The cache. Clones share everything.
@@ -93,6 +96,7 @@ struct Inner {
     manifests: Memory<Digest, Held, ByLength>,
     small: Memory<Digest, Bytes, ByLength>,
     told: Memory<Digest, Told>,
+    images: ahead::Images,
     negatives: Negatives,
     not_public: Refused,
     openings: Flights<(Source, Resource), Result<(), CacheError>>,
@@ -139,6 +143,7 @@ impl Cache {
             manifests: Memory::with_weighter(4096, MANIFEST_MEMORY, ByLength),
             small: Memory::with_weighter(4096, SMALL_MEMORY, ByLength),
             told: Memory::new(TOLD),
+            images: ahead::Images::new(),
             negatives: Negatives::new(clock.clone()),
             not_public: Refused::new(clock.clone()),
             openings: Flights::new(tasks.clone()),

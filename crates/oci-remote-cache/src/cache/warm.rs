@@ -20,7 +20,6 @@ use crate::deadline::Deadline;
 use crate::fill::FillError;
 use crate::metrics::OutcomeLabel;
 use crate::policy::{Grant, WarmLicence};
-use crate::upstream::Strain;
 
 /// Images fetched at once.
 const AT_ONCE: usize = 2;
@@ -205,8 +204,7 @@ impl Work {
     fn give_way(&self) -> Result<(), WarmError> {
         let source = self.grant.source();
         let upstream = &self.cache.origin(source)?.upstream;
-        if upstream.strain(&source.repository) >= Strain::Scarce || upstream.closed_for().is_some()
-        {
+        if upstream.is_short(&source.repository) {
             return Err(WarmError::GaveWay);
         }
         Ok(())
@@ -241,7 +239,10 @@ impl Work {
             client: self.grant.client().address,
         };
         let deadline = Deadline::for_answer();
-        let found = self.cache.blob(&self.grant, digest, wish, deadline).await?;
+        let found = self
+            .cache
+            .find_blob(&self.grant, digest, wish, deadline)
+            .await?;
         let size = match found {
             BlobAnswer::Stored(blob) => blob.size,
             BlobAnswer::Held(body) => body.len() as u64,

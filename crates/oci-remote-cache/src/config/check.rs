@@ -243,6 +243,7 @@ impl Section<'_> {
             ca_file: self.file("ca_file")?,
             connections_per_blob: self.require("connections_per_blob")?,
             max_connections: self.require("max_connections")?,
+            read_ahead: self.require("read_ahead")?,
         })
     }
 

@@ -33,6 +33,8 @@ pub(super) enum Kind {
     LogFilter,
     /// Bytes, with or without a unit.
     Size,
+    /// The same, and 0 for nothing at all.
+    SizeOrNothing,
     /// A span of time with units.
     Duration,
     /// `true` or `false`.
@@ -437,6 +439,13 @@ const ALL: &[Key] = &[
         default: Default::Text("64"),
         example: "64",
         doc: "How many connections may fetch blobs from this upstream at once.",
+    },
+    Key {
+        path: &["upstreams", "*", "read_ahead"],
+        kind: Kind::SizeOrNothing,
+        default: Default::Text("16MiB"),
+        example: "\"64MiB\"",
+        doc: "How much of an image is fetched before its client has asked for it, once it has asked for some of its layers; `0` for nothing.",
     },
 ];
 

@@ -151,6 +151,8 @@ pub struct UpstreamConfig {
     pub connections_per_blob: usize,
     /// Connections for blobs in all.
     pub max_connections: usize,
+    /// Bytes of an image that are fetched before anyone has asked for them.
+    pub read_ahead: u64,
 }
 
 /// A user name and its password or token.

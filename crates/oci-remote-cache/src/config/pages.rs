@@ -71,6 +71,7 @@ fn shape(kind: Kind) -> String {
         Kind::UpstreamName => "key or alias of an upstream",
         Kind::LogFilter => "log filter",
         Kind::Size => "size",
+        Kind::SizeOrNothing => "size or `0`",
         Kind::Duration => "duration",
         Kind::Flag => "`true` or `false`",
         Kind::Count => "whole number",

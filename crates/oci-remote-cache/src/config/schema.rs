@@ -76,16 +76,21 @@ fn leaf(key: &Key) -> Json {
     leaf
 }
 
+fn size(least: u64) -> Json {
+    json!({ "anyOf": [
+        { "type": "integer", "minimum": least },
+        { "type": "string", "pattern": "^ *[0-9]+(\\.[0-9]+)? *([KkMmGgTt][Ii]?)?[Bb] *$|^ *[0-9]+ *$" },
+    ]})
+}
+
 fn shape(kind: Kind) -> Json {
     let text = json!({ "type": "string" });
     let list = json!({ "type": "array", "items": text });
     let url = json!({ "type": "string", "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^@?#]+$" });
     match kind {
         Kind::Address | Kind::Path | Kind::UpstreamName | Kind::LogFilter | Kind::Username => text,
-        Kind::Size => json!({ "anyOf": [
-            { "type": "integer", "minimum": 1 },
-            { "type": "string", "pattern": "^ *[0-9]+(\\.[0-9]+)? *([KkMmGgTt][Ii]?)?[Bb] *$|^ *[0-9]+ *$" },
-        ]}),
+        Kind::Size => size(1),
+        Kind::SizeOrNothing => size(0),
         Kind::Duration => json!({
             "type": "string",
             "pattern": "^ *([0-9]+(\\.[0-9]+)?(ms|s|m|h|d) *)+$",

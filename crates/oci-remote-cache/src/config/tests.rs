@@ -120,6 +120,7 @@ fn built_in_upstreams_know_their_ways() {
     assert_eq!(hub.rules.negative_ttl, Duration::from_secs(10));
     assert!(hub.credentials.is_none() && hub.mirrors.is_empty());
     assert_eq!((hub.connections_per_blob, hub.max_connections), (8, 64));
+    assert_eq!(hub.read_ahead, 16 << 20);
     let bintray = upstream(&config, "jfrog-docker-reg2.bintray.io");
     assert_eq!(bintray.url.as_str(), "https://releases-docker.jfrog.io/");
 }
@@ -280,6 +281,7 @@ fn every_key_of_the_file_arrives() {
         library = true
         tag_ttl = "1.5s"
         negative_ttl = "0s"
+        read_ahead = 0
         credentials = { username = "$oauthtoken", password = "p" }
         token_realms = ["Auth.Example:8443"]
         redirect_hosts = ["CDN.example", "10.0.0.0/8", "s3.example:9000"]
@@ -295,7 +297,10 @@ fn every_key_of_the_file_arrives() {
     let corp = upstream(&config, "corp.example");
     assert_eq!(corp.url.as_str(), "http://corp.example:5000/prefix");
     assert_eq!(corp.rules.tag_ttl, Duration::from_millis(1500));
-    assert_eq!(corp.rules.negative_ttl, Duration::ZERO);
+    assert_eq!(
+        (corp.rules.negative_ttl, corp.read_ahead),
+        (Duration::ZERO, 0)
+    );
     assert_eq!(corp.token_realms, ["auth.example:8443"]);
     let places = ["cdn.example", "10.0.0.0/8", "s3.example:9000"];
     let networks = config.trusted_networks == ["198.18.0.0/15"];

@@ -106,6 +106,7 @@ impl Written {
             | Kind::UpstreamName
             | Kind::LogFilter
             | Kind::Size
+            | Kind::SizeOrNothing
             | Kind::Duration
             | Kind::Flag
             | Kind::Count
@@ -171,6 +172,7 @@ impl Value {
             Kind::UpstreamName => Ok(Self::Text(written.text("a string")?.to_ascii_lowercase())),
             Kind::LogFilter => read_filter(written.text("a string")?).map(Self::Text),
             Kind::Size => read_size(written).map(Self::Size),
+            Kind::SizeOrNothing => read_bytes(written).map(Self::Size),
             Kind::Duration => parse_duration(written.text(A_DURATION)?).map(Self::Duration),
             Kind::Flag => read_flag(written).map(Self::Flag),
             Kind::Count => read_count(written).map(Self::Count),
@@ -299,19 +301,24 @@ fn read_filter(text: &str) -> Result<String, String> {
 }
 
 fn read_size(written: &Written) -> Result<u64, String> {
-    let bytes = match written {
-        Written::Text(text) => parse_size(text)?,
-        Written::Integer(Some(bytes)) => *bytes,
-        Written::Integer(None) => return Err("bad size: must be at least 1 byte".to_owned()),
-        Written::Flag(_) | Written::List(_) | Written::Table(_) | Written::Other(_) => {
-            return Err(written.unlike("a size like \"50GiB\""));
-        }
-    };
-    if bytes == 0 {
-        // Elsewhere 0 often means "no limit": whoever writes it must not get the opposite.
-        return Err("bad size: must be at least 1 byte".to_owned());
+    // Elsewhere 0 often means "no limit": whoever writes it must not get the opposite.
+    let too_small = || "bad size: must be at least 1 byte".to_owned();
+    if matches!(written, Written::Integer(None)) {
+        return Err(too_small());
     }
-    Ok(bytes)
+    let bytes = Some(read_bytes(written)?).filter(|&bytes| bytes > 0);
+    bytes.ok_or_else(too_small)
+}
+
+fn read_bytes(written: &Written) -> Result<u64, String> {
+    match written {
+        Written::Text(text) => parse_size(text),
+        Written::Integer(Some(bytes)) => Ok(*bytes),
+        Written::Integer(None) => Err("bad size: must not be negative".to_owned()),
+        Written::Flag(_) | Written::List(_) | Written::Table(_) | Written::Other(_) => {
+            Err(written.unlike("a size like \"50GiB\""))
+        }
+    }
 }
 
 fn read_flag(written: &Written) -> Result<bool, String> {

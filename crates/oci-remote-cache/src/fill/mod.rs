@@ -75,6 +75,7 @@ pub struct Fills {
 #[derive(Debug)]
 struct Places {
     free: Arc<Semaphore>,
+    in_all: usize,
     per_blob: usize,
 }
 
@@ -177,6 +178,7 @@ impl Fills {
     ) -> Self {
         let place = |limit: Connections| Places {
             free: Arc::new(Semaphore::new(limit.per_upstream)),
+            in_all: limit.per_upstream,
             per_blob: limit.per_blob,
         };
         let places = limits
@@ -205,6 +207,13 @@ impl Fills {
         Arc::clone(&self.places.get(upstream)?.free)
             .try_acquire_owned()
             .ok()
+    }
+
+    /// Whether half of its connections are in use: the rest is for what clients wait for.
+    pub fn is_crowded(&self, upstream: &UpstreamId) -> bool {
+        self.places
+            .get(upstream)
+            .is_none_or(|places| places.free.available_permits() * 2 < places.in_all)
     }
 
     /// Connections one blob may use.

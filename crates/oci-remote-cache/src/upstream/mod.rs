@@ -178,6 +178,11 @@ impl Upstream {
         self.places.first()?.gate.closed_for(Instant::now())
     }
 
+    /// Whether what is left of its rate limit is for those who wait for an answer.
+    pub fn is_short(&self, repository: &RepositoryName) -> bool {
+        self.strain(repository) >= Strain::Scarce || self.closed_for().is_some()
+    }
+
     /// How many places there are to ask: the URL and its mirrors.
     pub fn places(&self) -> usize {
         self.places.len()

@@ -4,6 +4,7 @@
 //! last is what a cache is for.
 
 #[cfg(test)]
+mod ahead;
 mod archive;
 #[cfg(test)]
 mod by_login;
