@@ -14,6 +14,8 @@ use tracing_subscriber::layer::{Context, Filter, Layer as _, SubscriberExt as _}
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Registry, fmt};
 
+use super::json_lines::JsonLines;
+
 /// Lines that may wait to be written.
 const QUEUED_LINES: usize = 10_000;
 
@@ -100,7 +102,7 @@ pub(super) fn init(filter: LogFilter) -> Result<WorkerGuard, String> {
         let subscriber = Registry::default().with(layer.with_filter(filter));
         tracing::subscriber::set_global_default(subscriber)
     } else {
-        let layer = layer.json().flatten_event(true).with_span_list(false);
+        let layer = layer.event_format(JsonLines);
         let subscriber = Registry::default().with(layer.with_filter(filter));
         tracing::subscriber::set_global_default(subscriber)
     };

@@ -6,6 +6,7 @@
 mod args;
 mod configuration;
 pub mod history;
+mod json_lines;
 mod logging;
 pub mod ls;
 mod pages;

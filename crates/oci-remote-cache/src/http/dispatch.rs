@@ -291,16 +291,20 @@ impl Registry {
 
 impl Request<'_> {
     async fn answer(&self, route: &Route) -> Result<Answer, Problem> {
+        // Boxed, because these are several KiB which every connection would keep room for and every request would be moved with.
         match &route.target {
-            Target::Manifest { reference, .. } => manifest::answer(self, reference).await,
+            Target::Manifest { reference, .. } => Box::pin(manifest::answer(self, reference)).await,
             Target::Blob { digest, .. } => Box::pin(blob::answer(self, digest)).await,
-            Target::Tags { page, .. } => listing::tags(self, route, page).await,
+            Target::Tags { page, .. } => Box::pin(listing::tags(self, route, page)).await,
             Target::Referrers {
                 digest,
                 artifact_type,
                 page,
                 ..
-            } => listing::referrers(self, route, (digest, artifact_type.as_deref(), page)).await,
+            } => {
+                let about = (digest, artifact_type.as_deref(), page);
+                Box::pin(listing::referrers(self, route, about)).await
+            }
             Target::Warm { .. } => Err(Problem::method_not_allowed()),
             Target::Base | Target::Catalog { .. } => Ok(Answer::plain(base())),
         }

@@ -5,7 +5,7 @@
 //! (target `client`), without what is secret in them.
 
 use std::error::Error;
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -327,16 +327,22 @@ impl fmt::Display for Chain<'_> {
     }
 }
 
-/// Writes at most `most` characters, those that could drive a terminal or break the line escaped.
+/// Writes at most `most` characters, those that could drive a terminal or break the line escaped. In as few pieces as can be: whatever
+/// takes them looks at each anew.
 fn write_escaped(f: &mut fmt::Formatter<'_>, text: &str, most: usize) -> fmt::Result {
-    for c in text.chars().take(most) {
-        if c.is_control() {
-            write!(f, "{}", c.escape_default())?;
-        } else {
-            f.write_char(c)?;
+    let end = text.char_indices().nth(most).map(|(end, _)| end);
+    let shown = end.and_then(|end| text.get(..end)).unwrap_or(text);
+    for piece in shown.split_inclusive(char::is_control) {
+        let mut rest = piece.chars();
+        match rest.next_back() {
+            Some(last) if last.is_control() => {
+                f.write_str(rest.as_str())?;
+                write!(f, "{}", last.escape_default())?;
+            }
+            _ => f.write_str(piece)?,
         }
     }
-    if text.chars().nth(most).is_some() {
+    if end.is_some() {
         f.write_str("...")?;
     }
     Ok(())
