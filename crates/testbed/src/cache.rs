@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::client::{Request, Response, get};
 use crate::config::CacheBuilder;
-use crate::disk::{StoredFile, files_below, on_small_disk, seen_by};
+use crate::disk::{StoredFile, among_names, files_below, hosts, on_small_disk, seen_by};
 use crate::image::{ACCEPT_ALL, Content, Image};
 use crate::lock;
 
@@ -140,6 +140,16 @@ impl CacheProcess {
         for part in image.blobs() {
             assert_good(&self.blob(key, &image.repo, part.digest).await, part);
         }
+    }
+
+    /// Lets a name that the cache was built with ([`CacheBuilder::name`]) resolve to these addresses from now on.
+    pub fn rename(&self, name: &str, addresses: &[&str]) {
+        let mut names = self.builder.names.clone();
+        names.retain(|(other, _)| other != name);
+        let addresses = addresses.iter().map(|&address| address.to_owned());
+        names.push((name.to_owned(), addresses.collect()));
+        // Written into the file that is there: another one would not be seen where this one is mounted.
+        fs::write(self.hosts_path(), hosts(&names)).expect("write the names");
     }
 
     /// Runs a command of the binary with the same configuration.
@@ -300,6 +310,9 @@ impl CacheProcess {
             ),
         )
         .expect("write the configuration");
+        if !self.builder.names.is_empty() {
+            fs::write(self.hosts_path(), hosts(&self.builder.names)).expect("write the names");
+        }
         let log = File::options()
             .create(true)
             .append(true)
@@ -319,11 +332,11 @@ impl CacheProcess {
 
     /// What the machine's own environment says of proxies, logs and folders is not for the cache under test.
     fn command(&self, disk: Option<u64>) -> Command {
+        let binary = &self.builder.binary;
         let mut command = match disk {
-            None => Command::new(&self.builder.binary),
-            Some(bytes) => {
-                on_small_disk(bytes, &self.home.path().join("cache"), &self.builder.binary)
-            }
+            Some(bytes) => on_small_disk(bytes, &self.home.path().join("cache"), binary),
+            None if self.builder.names.is_empty() => Command::new(binary),
+            None => among_names(&self.hosts_path(), binary),
         };
         command.current_dir(self.home.path()).stdin(Stdio::null());
         for name in [
@@ -384,6 +397,10 @@ impl CacheProcess {
 
     fn config_path(&self) -> PathBuf {
         self.home.path().join("config.toml")
+    }
+
+    fn hosts_path(&self) -> PathBuf {
+        self.home.path().join("hosts")
     }
 
     fn log_path(&self) -> PathBuf {

@@ -29,6 +29,7 @@ pub struct CacheBuilder {
     pub(crate) environment: Vec<(String, String)>,
     pub(crate) secrets: Vec<String>,
     pub(crate) disk: Option<u64>,
+    pub(crate) names: Vec<(String, Vec<String>)>,
 }
 
 impl Upstream {
@@ -112,6 +113,7 @@ impl CacheBuilder {
             environment: Vec::new(),
             secrets: vec![TOKEN_MARK.to_owned()],
             disk: None,
+            names: Vec::new(),
         }
     }
 
@@ -197,6 +199,15 @@ impl CacheBuilder {
     #[must_use]
     pub fn disk(mut self, bytes: u64) -> Self {
         self.disk = Some(bytes);
+        self
+    }
+
+    /// Lets a name resolve to these addresses for the cache; needs [`can_name_hosts`](crate::disk::can_name_hosts), and no disk of its own.
+    /// [`CacheProcess::rename`] changes it later.
+    #[must_use]
+    pub fn name(mut self, name: &str, addresses: &[&str]) -> Self {
+        let addresses = addresses.iter().map(|&address| address.to_owned());
+        self.names.push((name.to_owned(), addresses.collect()));
         self
     }
 

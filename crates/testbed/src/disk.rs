@@ -1,5 +1,6 @@
-//! The cache's files from the outside, and a disk that is too small on purpose.
+//! The cache's files from the outside, a disk that is too small on purpose, and names that mean what a test says.
 
+use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -71,6 +72,43 @@ pub(crate) fn on_small_disk(bytes: u64, folder: &Path, binary: &Path) -> Command
         .arg(folder)
         .arg(binary);
     command
+}
+
+/// Whether this machine lets us say what names resolve to ([`name`](crate::CacheBuilder::name)): it takes namespaces, and a resolver that
+/// reads `/etc/hosts` first.
+pub fn can_name_hosts() -> bool {
+    let folder = tempfile::tempdir().expect("make a folder for names");
+    let file = folder.path().join("hosts");
+    let names = [("probe.test".to_owned(), vec!["127.0.0.2".to_owned()])];
+    fs::write(&file, hosts(&names)).expect("write the names");
+    let looked_up = among_names(&file, Path::new("getent"))
+        .args(["hosts", "probe.test"])
+        .stderr(Stdio::null())
+        .output();
+    looked_up.is_ok_and(|output| output.stdout.starts_with(b"127.0.0.2"))
+}
+
+/// The binary in a mount namespace where this file says what names resolve to; the process keeps its id.
+pub(crate) fn among_names(file: &Path, binary: &Path) -> Command {
+    let script = "mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command
+        .args(NAMESPACES)
+        .args(["sh", "-c", script, "sh"])
+        .arg(file)
+        .arg(binary);
+    command
+}
+
+/// The text of such a file.
+pub(crate) fn hosts(names: &[(String, Vec<String>)]) -> String {
+    let mut text = "127.0.0.1 localhost\n::1 localhost\n".to_owned();
+    for (name, addresses) in names {
+        for address in addresses {
+            writeln!(text, "{address} {name}").ok();
+        }
+    }
+    text
 }
 
 pub(crate) fn seen_by(pid: u32, path: &Path) -> PathBuf {

@@ -43,7 +43,7 @@ pub use cache::{CacheProcess, assert_good, eventually};
 pub use cdn::Origin;
 pub use client::{Background, Incoming, Request, Response};
 pub use config::{CacheBuilder, Upstream};
-pub use disk::{StoredFile, can_limit_disk};
+pub use disk::{StoredFile, can_limit_disk, can_name_hosts};
 pub use exchange::Exchange;
 pub use faults::{Ending, ServeOptions};
 pub use http::Server;

@@ -297,6 +297,11 @@ fn plain_builder(rules: &Arc<Rules>) -> ClientBuilder {
         })
 }
 
+/// Tells the operator which address it was: the refusal itself, which clients see, does not.
+pub(super) fn turned_away(refusal: &Refusal, address: SocketAddr) {
+    tracing::warn!(target: "upstream", %refusal, %address, "not connecting to an address that a name resolves to");
+}
+
 async fn resolve(
     rules: &Rules,
     name: &str,
@@ -314,7 +319,10 @@ async fn resolve(
     for address in found {
         match rules.judge(name, address) {
             Ok(()) => allowed.push(address),
-            Err(refusal) => refused = Some(refusal),
+            Err(refusal) => {
+                turned_away(&refusal, address);
+                refused = Some(refusal);
+            }
         }
     }
     match (allowed.is_empty(), refused) {

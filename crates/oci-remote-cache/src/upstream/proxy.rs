@@ -14,6 +14,7 @@ use percent_encoding::percent_decode_str;
 use tokio::time::Instant;
 use url::{Host, Url};
 
+use super::connect::turned_away;
 use super::guard::{Refusal, Rules, host_text};
 use crate::secret::Secret;
 
@@ -165,7 +166,10 @@ impl Screen {
 async fn judge(rules: &Rules, host: &str, port: u16) -> Verdict {
     let found = tokio::time::timeout(LOOKUP_LIMIT, tokio::net::lookup_host((host, port)));
     match found.await {
-        Ok(Ok(mut found)) => found.try_for_each(|address| rules.judge(host, address)),
+        Ok(Ok(mut found)) => found.try_for_each(|address| {
+            let verdict = rules.judge(host, address);
+            verdict.inspect_err(|refusal| turned_away(refusal, address))
+        }),
         Ok(Err(_)) | Err(_) => rules.judge_unresolved(host, port),
     }
 }

@@ -31,6 +31,21 @@ async fn a_realm_and_a_redirect_that_point_inward_see_no_connection() {
         "127.0.0.2",
         "[::1]",
         "10.1.2.3",
+        "172.31.0.1",
+        "192.168.1.1",
+        "100.64.0.1",
+        "169.254.169.254",
+        "[fd12::1]",
+        "[fe80::1]",
+        "[::ffff:127.0.0.1]",
+        "[64:ff9b::127.0.0.1]",
+        "[64:ff9b::10.1.2.3]",
+        "[2002:7f00:1::]",
+        "0.0.0.0",
+        "0x7f.1",
+        "2130706433",
+        "127.0.0.1.",
+        "metadata.google.internal",
     ] {
         registry.clear_scripts();
         let location = format!("http://{host}:{}/cdn/{}", origin.port(), layer.digest);
@@ -43,7 +58,7 @@ async fn a_realm_and_a_redirect_that_point_inward_see_no_connection() {
         tokio::time::sleep(AFTER_A_FAILURE).await;
     }
     registry.clear_scripts();
-    for host in ["127.0.0.1", "localhost"] {
+    for host in ["127.0.0.1", "localhost", "[64:ff9b::127.0.0.1]", "10.1.2.3"] {
         let realm = format!("http://{host}:{}/token", tokens.port());
         registry.require(Bearer::of(&tokens).realm(&realm));
         let refused = cache.manifest("up", REPO, "v1").await;
@@ -76,6 +91,33 @@ async fn https_never_leads_to_http() {
     assert_refused(&cache.blob("up", REPO, blob.digest).await, &[502]);
     assert_eq!(registry.count(Kind::Blob), 1);
     assert_eq!(origin.connections(), 0);
+    assert_holds_nothing(&cache).await;
+    cache.check_invariants().await;
+}
+
+/// CVE-2014-5277 and its like: what is said to speak https is not asked in plain HTTP, whatever it answers, and a token service of an
+/// https registry neither.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_falls_back_to_http() {
+    let (registry, tokens) = (Registry::start().await, TokenServer::start().await);
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let front = TlsFront::start(&registry).await;
+    let secure =
+        Upstream::new("secure", front.url()).line(&format!("ca_file = {:?}", front.ca_file()));
+    let plain = Upstream::new("plain", registry.url().replace("http://", "https://"));
+    let cache = cache()
+        .upstream(secure.credentials("robot", "correct-horse"))
+        .upstream(plain)
+        .start()
+        .await;
+    assert_refused(&cache.manifest("plain", REPO, "v1").await, &[502, 503]);
+    assert_eq!(registry.requests(), Vec::<String>::new());
+    registry.require(Bearer::of(&tokens));
+    // The front speaks HTTP/1.1 only, to which blobs keep.
+    let layer = image.layer().digest;
+    assert_refused(&cache.blob("secure", REPO, layer).await, &[502]);
+    assert_eq!(registry.requests(), [crate::stage::get_blob(REPO, layer)]);
+    assert_eq!(tokens.connections(), 0);
     assert_holds_nothing(&cache).await;
     cache.check_invariants().await;
 }

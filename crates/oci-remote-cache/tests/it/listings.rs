@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use testbed::image::{OCI_INDEX, OCI_MANIFEST};
-use testbed::{Content, ImageSpec, Kind, Matcher, Response, assert_good, faults};
+use testbed::{Content, ImageSpec, Kind, Matcher, Origin, Response, assert_good, faults};
 use tokio::time::sleep;
 
 use crate::stage::{
@@ -129,6 +129,51 @@ async fn odd_lists_of_tags_are_tamed() {
         led_away.headers
     );
     assert_refused(&cache.get("/v2/up/html/tags/list").await, &[502, 503]);
+    cache.check_invariants().await;
+}
+
+/// A next page that lies elsewhere, or is this very page: only its parameters are taken, nobody goes there, and nobody walks on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_next_page_is_read_and_not_followed() {
+    let (registry, cache) = up().await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let trap = Origin::start().await;
+    let tags = format!("/v2/{REPO}/tags/list");
+    for around in [
+        format!("{}/steal?n=1&last=a", trap.url()),
+        format!("//{}/steal?n=1&last=a", trap.authority()),
+        format!("{tags}?n=1&last=a"),
+    ] {
+        registry.clear_log();
+        registry.clear_scripts();
+        let link = format!("<{around}>; rel=\"next\"");
+        let headers = [("Link", link.as_str())];
+        let list = faults::status(200, &headers, "{\"name\":\"x\",\"tags\":[\"a\"]}");
+        registry.script(Kind::Tags, list);
+        let first = cache.get(&format!("/v2/up/{REPO}/tags/list?n=1")).await;
+        assert_eq!(registry.count(Kind::Tags), 1, "{around}");
+        let next = next_page(&first).expect("a next page");
+        assert_eq!(next, format!("/v2/up/{REPO}/tags/list?n=1&last=a"));
+        assert_eq!(tags_of(&cache.get(&next).await), ["a"]);
+        let asked = registry.requests();
+        assert_eq!(
+            asked,
+            [format!("GET {tags}?n=1"), format!("GET {tags}?n=1&last=a")]
+        );
+        cache.restart().await;
+    }
+    let referrers = format!("referrers/{}", image.digest());
+    let link = format!("<{}/steal?next_page=abc%3D>; rel=\"next\"", trap.url());
+    let index = Content::index(&[], OCI_INDEX);
+    let headers = [("Link", link.as_str()), ("Content-Type", OCI_INDEX)];
+    registry.script(Kind::Referrers, crate::stage::as_it_is(&index, &headers));
+    let answer = cache
+        .get(&format!("/v2/up/{REPO}/{referrers}?artifactType=a%2Fsig"))
+        .await;
+    let next =
+        format!("</v2/up/{REPO}/{referrers}?artifactType=a%2Fsig&next_page=abc%3D>; rel=\"next\"");
+    assert_eq!(answer.header("link"), Some(next.as_str()));
+    assert_eq!(trap.connections(), 0);
     cache.check_invariants().await;
 }
 

@@ -9,6 +9,8 @@ mod archive;
 #[cfg(test)]
 mod by_login;
 #[cfg(test)]
+mod caps;
+#[cfg(test)]
 mod cli;
 #[cfg(test)]
 mod clients;
@@ -33,6 +35,10 @@ mod floors;
 #[cfg(test)]
 mod freshness;
 #[cfg(test)]
+mod hygiene;
+#[cfg(test)]
+mod injection;
+#[cfg(test)]
 mod inward;
 #[cfg(test)]
 mod leaks;
@@ -52,6 +58,8 @@ mod proxies;
 mod ranges;
 #[cfg(test)]
 mod redirects;
+#[cfg(test)]
+mod resolution;
 #[cfg(test)]
 mod routing;
 #[cfg(test)]

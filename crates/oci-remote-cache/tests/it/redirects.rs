@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::stage::{
     REPO, assert_holds, assert_holds_nothing, assert_refused, up, up_as, up_with_blob,
-    up_with_image,
+    up_with_image, up_without_ttl,
 };
 
 /// A registry that redirects its one blob to a content host that refuses whoever shows a credential.
@@ -290,5 +290,158 @@ async fn a_range_of_a_redirected_blob_is_exact() {
         (registry.count(Kind::Blob), origin.count(Kind::Blob)),
         (1, 1)
     );
+    cache.check_invariants().await;
+}
+
+/// R04: as many hops as are allowed.
+#[tokio::test(flavor = "multi_thread")]
+async fn five_hops_are_followed_and_a_sixth_is_not() {
+    for (hops, followed) in [(5, true), (6, false)] {
+        let (registry, cache, blob) = up_with_blob(1000).await;
+        let path = format!("/v2/{REPO}/blobs/{}", blob.digest);
+        for hop in 0..hops {
+            let from = match hop {
+                0 => String::new(),
+                _ => format!("hop={hop}"),
+            };
+            let next = faults::redirect(&format!("{path}?hop={}", hop + 1), 307);
+            registry.script(Matcher::blobs().query(&from), next);
+        }
+        let answer = cache.blob("up", REPO, blob.digest).await;
+        if followed {
+            assert_good(&answer, &blob);
+        } else {
+            assert_refused(&answer, &[502]);
+        }
+        assert_eq!(registry.count(Kind::Blob), 6, "{hops} hops");
+        cache.check_invariants().await;
+    }
+}
+
+/// Five statuses say where to go on; others do not, whatever they carry (305 once named a proxy).
+#[tokio::test(flavor = "multi_thread")]
+async fn other_statuses_are_no_redirects() {
+    let (registry, cache) = up().await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let origin = Origin::start().await;
+    let layer = image.layer();
+    origin.hold(layer);
+    for status in [300, 304, 305, 306, 399] {
+        registry.clear_scripts();
+        let away = faults::redirect(&origin.location(layer.digest, "sig=1"), status);
+        registry.script(Matcher::any(), away);
+        assert_refused(&cache.blob("up", REPO, layer.digest).await, &[502]);
+        assert_refused(&cache.manifest("up", REPO, "v1").await, &[502]);
+        tokio::time::sleep(crate::stage::AFTER_A_FAILURE).await;
+    }
+    assert_eq!(origin.connections(), 0);
+    assert_holds_nothing(&cache).await;
+    cache.check_invariants().await;
+}
+
+/// Where a redirect led is forgotten at once, also where it calls itself permanent.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_permanent_redirect_is_not_remembered() {
+    for status in [301, 308] {
+        let (registry, cache) = up_without_ttl().await;
+        let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+        let origin = Origin::start().await;
+        origin.hold(image.layer());
+        let forever = [("Cache-Control", "max-age=31536000, immutable")];
+        let kept = |location: String| {
+            let headers = [("Location", location.as_str()), forever[0]];
+            faults::status(status, &headers, "")
+        };
+        let blob = kept(origin.location(image.layer().digest, "sig=1"));
+        registry.script(Kind::Blob, blob);
+        let manifest = kept(format!("/v2/{REPO}/manifests/v1?moved"));
+        registry.script(Matcher::manifests().query(""), manifest);
+        for _ in 0..2 {
+            let head = cache.head_blob("up", REPO, image.layer().digest).await;
+            assert_eq!(head.status, 200);
+            assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+        }
+        assert_eq!(registry.count(Kind::Blob), 2, "{status}");
+        assert_eq!(registry.count(Matcher::manifests().query("")), 2);
+        cache.check_invariants().await;
+    }
+}
+
+/// A content host that asks for a login gets none: not the password, not the registry's token. An anonymous token is all that it may
+/// be shown, also where its realm is the registry's own, which knows our password.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_content_host_that_challenges_is_shown_nothing_of_ours() {
+    let (registry, cache) = up_as(|upstream| upstream.credentials("robot", "sesame-robot")).await;
+    let tokens = TokenServer::at(&registry);
+    tokens.add_user("robot", "sesame-robot");
+    registry.require(Bearer::of(&tokens).identity("robot"));
+    let origin = Origin::start().await;
+    let own_realm = format!("Bearer realm=\"{}\",service=\"testbed\"", tokens.realm());
+    let challenges = ["Basic realm=\"cdn\"", &own_realm];
+    for (n, challenge) in challenges.iter().enumerate() {
+        let repo = format!("lib/app{n}");
+        let (led, own) = (
+            Content::blob(1000, &repo),
+            Content::blob(2000, &format!("{repo} at home")),
+        );
+        registry.put_blob(&repo, &own);
+        assert_good(&cache.blob("up", &repo, own.digest).await, &own);
+        let away = faults::redirect(&origin.location(led.digest, "sig=1"), 307);
+        registry.script(Matcher::blobs().of(led.digest), away);
+        let refusal = faults::status(401, &[("WWW-Authenticate", challenge)], "");
+        origin.script(Matcher::blobs().of(led.digest), refusal);
+        let refused = cache.blob("up", &repo, led.digest).await;
+        assert_refused(&refused, &[403, 502, 503]);
+    }
+    for entry in origin.log() {
+        let shown = entry
+            .header("authorization")
+            .unwrap_or("Bearer tok-anonymous-");
+        assert!(shown.starts_with("Bearer tok-anonymous-"), "{shown}");
+    }
+    let with_password: Vec<Vec<String>> = tokens
+        .token_requests()
+        .iter()
+        .filter(|entry| entry.header("authorization").is_some())
+        .map(|entry| entry.parameters("scope"))
+        .collect();
+    // One for each repository, at the registry's word: the content host's 401 dropped none and asked for none.
+    let wanted = ["repository:lib/app0:pull", "repository:lib/app1:pull"];
+    assert_eq!(with_password, wanted.map(|scope| vec![scope.to_owned()]));
+    cache.check_invariants().await;
+}
+
+/// The token of a registry that a redirect led to is that registry's: the next one, and a realm in disguise, see nothing of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_on_the_way_goes_no_further() {
+    let (registry, cache, blob) = up_with_blob(1000).await;
+    let (regional, origin) = (Registry::start().await, Origin::start().await);
+    let tokens = TokenServer::at(&regional);
+    regional.require(Bearer::of(&tokens));
+    origin.hold(&blob);
+    let further = faults::redirect(&origin.location(blob.digest, "sig=1"), 307);
+    // Whoever has no token is refused before the redirect.
+    regional.script(Matcher::blobs().once(), faults::usual());
+    regional.script(Kind::Blob, further);
+    let there = format!("{}/v2/region/app/blobs/{}", regional.url(), blob.digest);
+    registry.script(Kind::Blob, faults::redirect(&there, 307));
+    // The origin refuses whoever shows an authorization.
+    assert_good(&cache.blob("up", REPO, blob.digest).await, &blob);
+    let shown = |entry: &testbed::Entry| entry.header("authorization").is_some();
+    assert_eq!(
+        regional.log().iter().filter(|entry| shown(entry)).count(),
+        1
+    );
+    assert!(!origin.log().iter().any(shown) && !registry.log().iter().any(shown));
+
+    let (other, stranger) = (Content::blob(1000, "other"), TokenServer::start().await);
+    let disguised = format!("http://0x7f.1:{}/token", stranger.port());
+    regional.clear_scripts();
+    regional.require(Bearer::of(&tokens).realm(&disguised));
+    let there = format!("{}/v2/region/app/blobs/{}", regional.url(), other.digest);
+    registry.clear_scripts();
+    registry.script(Kind::Blob, faults::redirect(&there, 307));
+    assert_refused(&cache.blob("up", REPO, other.digest).await, &[502]);
+    assert_eq!(stranger.connections(), 0);
     cache.check_invariants().await;
 }

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use oci::Digest;
 use testbed::{
-    CacheBuilder, CacheProcess, Content, Handler, Image, ImageSpec, Registry, Response, Upstream,
-    eventually,
+    CacheBuilder, CacheProcess, Connection, Content, Handler, Image, ImageSpec, Registry, Response,
+    Upstream, eventually,
 };
 use tokio::time::sleep;
 
@@ -104,6 +104,25 @@ pub(crate) fn assert_refused(response: &Response, statuses: &[u16]) {
         Vec::<&str>::new(),
         "a challenge was passed on"
     );
+    assert_eq!(
+        response.header("location"),
+        None,
+        "a redirect was passed on"
+    );
+}
+
+/// What comes back for these bytes until the connection is closed, which must happen.
+pub(crate) async fn raw_exchange(cache: &CacheProcess, bytes: &[u8]) -> String {
+    let mut connection = Connection::open(cache.port()).await;
+    connection.send(bytes).await;
+    let (answer, closed) = connection.until_closed(Duration::from_secs(5)).await;
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    assert!(
+        closed,
+        "not closed after {:?}: {answer}",
+        String::from_utf8_lossy(bytes)
+    );
+    answer
 }
 
 /// What the cache says it did.

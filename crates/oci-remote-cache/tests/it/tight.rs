@@ -7,15 +7,14 @@ use std::time::Duration;
 use testbed::cache::{blob_path, manifest_path};
 use testbed::token::{TOKEN_MARK, challenge};
 use testbed::{
-    Auth, Bearer, CacheProcess, Connection, Content, Exchange, Gate, Image, ImageSpec, Kind,
-    Matcher, Origin, Registry, Request, Response, ServeOptions, TokenServer, Upstream, assert_good,
-    faults,
+    Auth, Bearer, CacheProcess, Content, Exchange, Gate, Image, ImageSpec, Kind, Matcher, Origin,
+    Registry, Request, Response, ServeOptions, TokenServer, Upstream, assert_good, faults,
 };
 use tokio::time::sleep;
 
 use crate::stage::{
-    REPO, assert_holds, assert_holds_nothing, assert_refused, cache, get_blob, get_manifest, up,
-    up_with_blob, up_with_image, up_without_ttl,
+    REPO, assert_holds, assert_holds_nothing, assert_refused, cache, get_blob, get_manifest,
+    raw_exchange, up, up_with_blob, up_with_image, up_without_ttl,
 };
 
 const USER: &str = "robot";
@@ -78,20 +77,6 @@ async fn no_path_leads_out_of_the_cache() {
         "a file came or went"
     );
     cache.check_invariants().await;
-}
-
-/// What comes back until the close, which must come.
-async fn raw_exchange(cache: &CacheProcess, bytes: &[u8]) -> String {
-    let mut connection = Connection::open(cache.port()).await;
-    connection.send(bytes).await;
-    let (answer, closed) = connection.until_closed(Duration::from_secs(5)).await;
-    let answer = String::from_utf8_lossy(&answer).into_owned();
-    assert!(
-        closed,
-        "not closed after {:?}: {answer}",
-        String::from_utf8_lossy(bytes)
-    );
-    answer
 }
 
 /// X02
@@ -530,127 +515,6 @@ async fn a_layer_alone_opens_its_repository_again() {
         registry.requests()
     );
     assert!(registry.requests().len() <= 1, "{:?}", registry.requests());
-    cache.check_invariants().await;
-}
-
-/// Requests behind whose framing another one hides; what stands for `{n}` is its length, for `{hidden}` itself, for `{chunked}` itself
-/// as a chunked body.
-const HIDING: [&str; 16] = [
-    "GET {path} HTTP/1.1|Transfer-Encoding: chunked|Content-Length: {n}||{hidden}",
-    "GET {path} HTTP/1.1|Content-Length: 6|Transfer-Encoding: chunked||0||X{hidden}",
-    "GET {path} HTTP/1.1|Transfer-Encoding: chunked||{chunked}",
-    "GET {path} HTTP/1.1|Content-Length: {n}|Content-Length: 0||{hidden}",
-    "GET {path} HTTP/1.1|Content-Length: {n}|Content-Length: {n}||{hidden}",
-    "GET {path} HTTP/1.1|Content-Length: 0, {n}||{hidden}",
-    "GET {path} HTTP/1.1|Content-Length: {n}||{hidden}",
-    "GET {path} HTTP/1.1|Content-Length: +{n}||{hidden}",
-    "GET {path} HTTP/1.1|Transfer-Encoding: xchunked||{hidden}",
-    "GET {path} HTTP/1.1|Transfer-Encoding: identity, chunked||{chunked}",
-    "GET {path} HTTP/1.1|Transfer-Encoding : chunked||{chunked}",
-    "GET {path} HTTP/1.1|X-A: b| Transfer-Encoding: chunked|Content-Length: {n}||{hidden}",
-    "GET {path} HTTP/1.0|Transfer-Encoding: chunked||{chunked}",
-    "PUT {path} HTTP/1.1|Content-Length: {n}||{hidden}",
-    "HEAD {path} HTTP/1.1|Content-Length: {n}||{hidden}",
-    "GET {path} HTTP/1.1|Connection: Upgrade|Upgrade: h2c|Content-Length: {n}||{hidden}",
-];
-
-/// X08
-#[tokio::test(flavor = "multi_thread")]
-async fn a_hidden_request_is_never_read() {
-    let (registry, cache, _image) = up_with_image().await;
-    let hidden = "GET /v2/up/hidden/app/manifests/smuggled HTTP/1.1\r\nHost: x\r\n\r\n";
-    let length = hidden.len();
-    for hiding in HIDING {
-        let bytes = hiding
-            .replacen('|', "|Host: x|", 1)
-            .replace('|', "\r\n")
-            .replace("{path}", "/v2/up/lib/app/manifests/none")
-            .replace("{n}", &length.to_string())
-            .replace("{chunked}", &format!("{length:x}\r\n{hidden}\r\n0\r\n\r\n"))
-            .replace("{hidden}", hidden);
-        let answer = raw_exchange(&cache, bytes.as_bytes()).await;
-        let answers = answer.matches("HTTP/1.1 ").count() + answer.matches("HTTP/1.0 ").count();
-        assert!(answers <= 1, "{hiding}: {answers} answers: {answer}");
-        let refused = answer.starts_with("HTTP/1.1 4") || answer.starts_with("HTTP/1.0 4");
-        assert!(answer.is_empty() || refused, "{hiding}: {answer}");
-    }
-    let log = registry.requests();
-    assert!(!log.iter().any(|line| line.contains("smuggled")), "{log:?}");
-    assert_holds_nothing(&cache).await;
-    cache.check_invariants().await;
-}
-
-/// X08
-#[tokio::test(flavor = "multi_thread")]
-async fn what_is_no_request_gets_at_most_one_answer() {
-    let (registry, cache, _image) = up_with_image().await;
-    for bytes in [
-        "GET /v2/ HTTP/1.1\nHost: x\nConnection: close\n\n",
-        "GET /v2/\r\n\r\n",
-        "GET /v2/ HTTP/2.0\r\nHost: x\r\n\r\n",
-        "GET /v2/ HTTP/1.1 extra\r\nHost: x\r\n\r\n",
-        "G\0T /v2/ HTTP/1.1\r\nHost: x\r\n\r\n",
-        "CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n",
-        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    ] {
-        let answer = raw_exchange(&cache, bytes.as_bytes()).await;
-        assert!(
-            answer.matches("HTTP/1.").count() <= 1,
-            "{bytes:?}: {answer}"
-        );
-    }
-    assert_eq!(registry.connections(), 0);
-    cache.check_invariants().await;
-}
-
-/// X08: two requests sent at once are two requests.
-#[tokio::test(flavor = "multi_thread")]
-async fn pipelined_requests_are_answered_in_turn() {
-    let (registry, cache, image) = up_with_image().await;
-    cache.pull("up", &image).await;
-    let mut connection = Connection::open(cache.port()).await;
-    let line = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n");
-    let paths = [
-        blob_path("up", REPO, image.layer().digest),
-        manifest_path("up", REPO, image.digest()),
-    ];
-    connection
-        .send(format!(
-            "{}{}{}",
-            line(&paths[0]),
-            line(&paths[1]),
-            line("/v2/")
-        ))
-        .await;
-    assert_good(&connection.response("GET").await, image.layer());
-    assert_good(&connection.response("GET").await, &image.manifest);
-    assert_eq!(connection.response("GET").await.text(), "{}");
-    assert_eq!(registry.requests().len(), 3);
-    cache.check_invariants().await;
-}
-
-/// X08: heads without end.
-#[tokio::test(flavor = "multi_thread")]
-async fn heads_without_end_are_refused() {
-    let (_registry, cache, image) = up_with_image().await;
-    let many = "X-Many: y\r\n".repeat(500);
-    let long = format!("X-Long: {}\r\n", "y".repeat(200_000));
-    for headers in [many, long] {
-        let mut connection = Connection::open(cache.port()).await;
-        connection
-            .send(format!("GET /v2/ HTTP/1.1\r\nHost: x\r\n{headers}\r\n"))
-            .await;
-        let (answer, closed) = connection.until_closed(Duration::from_secs(5)).await;
-        let answer = String::from_utf8_lossy(&answer).into_owned();
-        assert!(
-            closed
-                && (answer.is_empty()
-                    || answer.starts_with("HTTP/1.1 431 ")
-                    || answer.starts_with("HTTP/1.1 400 ")),
-            "{answer}"
-        );
-    }
-    cache.pull("up", &image).await;
     cache.check_invariants().await;
 }
 

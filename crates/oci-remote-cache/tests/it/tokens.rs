@@ -298,3 +298,74 @@ async fn a_broken_body_goes_on_with_a_new_token() {
     assert_eq!((tokens.asked(), tokens.dead_tokens_seen()), (2, 1));
     cache.check_invariants().await;
 }
+
+/// Names a scope as the endpoint it leads to wants it.
+fn moved_to(realm: &str) -> String {
+    format!("{realm}?service=testbed&scope=repository:{REPO}:pull")
+}
+
+/// A token endpoint may redirect, and the password goes as far as its own origin.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_endpoint_that_redirects_takes_the_password_nowhere_else() {
+    let (registry, cache) = up_as(|upstream| upstream.credentials("robot", "sesame-robot")).await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let (own, elsewhere) = (
+        TokenServer::at(&registry),
+        TokenServer::start_on("localhost").await,
+    );
+    registry.require(Bearer::of(&elsewhere).realm(&own.realm()));
+    let away = faults::redirect(&moved_to(&elsewhere.realm()), 307);
+    registry.script(Kind::Token, away);
+    assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+    let shown = |entry: &testbed::Entry| entry.header("authorization").is_some();
+    assert!(registry.entries(Kind::Token).iter().all(shown));
+    assert_eq!(elsewhere.asked(), 1);
+    assert!(!elsewhere.log().iter().any(shown), "the password was shown");
+
+    // Within the origin it is shown again, and is needed.
+    cache.restart_empty().await;
+    registry.clear_scripts();
+    own.add_user("robot", "sesame-robot");
+    registry.require(Bearer::of(&own).identity("robot"));
+    let near = faults::redirect(&moved_to("/token"), 307);
+    registry.script(Matcher::from(Kind::Token).once(), near);
+    assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+    cache.check_invariants().await;
+}
+
+/// What holds for a blob's redirects holds for a token endpoint's: no circles, and nothing that is inward or in disguise.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_endpoints_redirects_lead_nowhere_bad() {
+    let elsewhere = TokenServer::start().await;
+    let port = elsewhere.port();
+    for (location, statuses) in [
+        ("/token?around".to_owned(), [502, 503]),
+        (format!("http://0x7f.1:{port}/token"), [502, 502]),
+        (format!("http://0.0.0.0:{port}/token"), [502, 502]),
+        (format!("http://u:p@127.0.0.1:{port}/token"), [502, 503]),
+        ("file:///etc/passwd".to_owned(), [502, 503]),
+    ] {
+        let (registry, cache) = up_as(|upstream| upstream).await;
+        registry.put_image(&ImageSpec::new(REPO, "v1"));
+        registry.require(Bearer::of(&TokenServer::at(&registry)));
+        registry.script(Kind::Token, faults::redirect(&location, 307));
+        assert_refused(&cache.manifest("up", REPO, "v1").await, &statuses);
+        assert!(registry.count(Kind::Token) <= 6, "{location}");
+        cache.check_invariants().await;
+    }
+    assert_eq!(elsewhere.connections(), 0);
+}
+
+/// A refresh token is in the body of a POST, and that is sent to the realm alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_token_is_never_sent_on() {
+    let elsewhere = TokenServer::start().await;
+    for status in [301, 302, 303, 307, 308] {
+        let (registry, _tokens, cache, _image) = scene().await;
+        let away = faults::redirect(&moved_to(&elsewhere.realm()), status);
+        registry.script(Matcher::from(Kind::Token).method("POST"), away);
+        assert_refused(&cache.manifest("up", REPO, "v1").await, &[502, 503]);
+        cache.check_invariants().await;
+    }
+    assert_eq!(elsewhere.connections(), 0);
+}

@@ -30,13 +30,17 @@ pub(super) enum Range {
     Never(&'static str),
 }
 
-/// Why a place is out of bounds.
+/// Why a place is out of bounds. Clients are told, so it names what the upstream named, and never what we resolved that to: where an inner
+/// host lies is nothing that a registry and its clients need to learn.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{place} {why}")]
 pub(super) struct Refusal {
     place: String,
     why: &'static str,
 }
+
+/// A host, by name or literally, and the address that was found under it: shown as the host, with the port.
+struct Named<'a>(&'a str, SocketAddr);
 
 /// What one upstream of one class may reach.
 #[derive(Clone, Debug)]
@@ -151,33 +155,42 @@ impl Refusal {
     }
 }
 
+impl fmt::Display for Named<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(host, address) = self;
+        if host.parse() == Ok(address.ip()) {
+            address.fmt(f)
+        } else {
+            write!(f, "{host}:{}", address.port())
+        }
+    }
+}
+
 impl Rules {
     /// Whether `address`, found under `host`, may be connected to.
     pub(super) fn judge(&self, host: &str, address: SocketAddr) -> Result<(), Refusal> {
+        let refuse = |why| Err(Refusal::new(&Named(host, address), why));
         if self.is_ourselves(address) {
-            return Err(Refusal::new(&address, "is a listener of this very cache"));
+            return refuse("is a listener of this very cache");
         }
         if self.is_own(host, address.port()) {
             return Ok(());
         }
         let class = match Range::of(address.ip()) {
-            Range::Never(why) => return Err(Refusal::new(&address, why)),
+            Range::Never(why) => return refuse(why),
             Range::Of(class) => class,
         };
         if class == Class::Public || class == self.class || self.is_widened(host, address) {
             return Ok(());
         }
-        Err(Refusal::new(
-            &address,
-            match class {
-                Class::Private => {
-                    "is on a private network, and neither redirect_hosts nor trusted_networks names it"
-                }
-                Class::Loopback | Class::Public => {
-                    "is on this machine, and neither redirect_hosts nor trusted_networks names it"
-                }
-            },
-        ))
+        refuse(match class {
+            Class::Private => {
+                "is on a private network, and neither redirect_hosts nor trusted_networks names it"
+            }
+            Class::Loopback | Class::Public => {
+                "is on this machine, and neither redirect_hosts nor trusted_networks names it"
+            }
+        })
     }
 
     /// Whether `url`, which a page at `base` spelled as `raw`, may be asked. Names are judged when they are resolved.

@@ -136,6 +136,45 @@ fn the_operator_widens_but_never_past_the_never_list() {
 }
 
 #[test]
+fn a_refusal_names_the_host_and_never_what_it_resolved_to() {
+    let mut rules = rules(Class::Public);
+    rules.listeners = vec![at("0.0.0.0", 8080)];
+    for (host, address, port, shown) in [
+        (
+            "cdn.example",
+            "10.1.2.3",
+            443,
+            "cdn.example:443 is on a private",
+        ),
+        (
+            "cdn.example",
+            "fd12::1",
+            443,
+            "cdn.example:443 is on a private",
+        ),
+        ("cdn.example", "127.0.0.1", 80, "cdn.example:80 is on this"),
+        (
+            "cdn.example",
+            "127.0.0.1",
+            8080,
+            "cdn.example:8080 is a listener",
+        ),
+        (
+            "cdn.example",
+            "169.254.169.254",
+            80,
+            "cdn.example:80 is link-local",
+        ),
+        ("10.1.2.3", "10.1.2.3", 443, "10.1.2.3:443 is on a private"),
+        ("::1", "::1", 443, "[::1]:443 is on this"),
+    ] {
+        let refusal = rules.judge(host, at(address, port)).unwrap_err();
+        let text = refusal.to_string();
+        assert!(text.starts_with(shown), "{text}");
+    }
+}
+
+#[test]
 fn disguised_addresses_are_refused_even_for_a_loopback_upstream() {
     let base = Url::parse("http://127.0.0.1:5000/v2/a/blobs/x").unwrap();
     for (raw, allowed) in [
