@@ -36,7 +36,16 @@ impl fmt::Debug for Secret {
 
 #[cfg(test)]
 mod tests {
+    use zeroize::ZeroizeOnDrop;
+
     use super::Secret;
+
+    #[test]
+    fn is_wiped_when_dropped() {
+        // That memory was wiped cannot be read without `unsafe`; that its type does so is checked when this is compiled.
+        fn wiped(_: &impl ZeroizeOnDrop) {}
+        wiped(&Secret::new("hunter2".into()).0);
+    }
 
     #[test]
     fn debug_shows_nothing() {

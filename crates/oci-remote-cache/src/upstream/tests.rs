@@ -230,6 +230,28 @@ async fn tokens_without_a_life_are_used_once() {
 }
 
 #[tokio::test]
+async fn a_wall_clock_that_jumps_changes_no_tokens_life() {
+    const DAY: Duration = Duration::from_hours(24);
+    let bench = Bench::new().await;
+    let tokens = TokenServer::at(&bench.registry);
+    bench.registry.require(Bearer::of(&tokens));
+    let (clock, metrics) = (Clock::system(), bench.metrics.clone());
+    let upstream = Upstream::new(bench.settings(), metrics, clock.clone()).unwrap();
+    body(&upstream, &tag("v1")).await;
+    clock.advance(DAY);
+    body(&upstream, &tag("v1")).await;
+    assert_eq!(tokens.asked(), 1, "the token lives");
+    tokens.revoke_all();
+    tokens.set_expires_in(Some(json!(1)));
+    body(&upstream, &tag("v1")).await;
+    clock.set_back(3 * DAY);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    body(&upstream, &tag("v1")).await;
+    assert_eq!(tokens.asked(), 3, "the token is dead");
+    assert_eq!(tokens.dead_tokens_seen(), 1, "the one that was revoked");
+}
+
+#[tokio::test]
 async fn a_strange_challenge_to_an_expired_token_is_asked_again_bare() {
     let bench = Bench::new().await;
     let tokens = TokenServer::at(&bench.registry);

@@ -532,6 +532,30 @@ mod tests {
     }
 
     #[test]
+    fn a_refresh_token_is_posted_with_all_scopes_in_one() {
+        let asked = wanted(
+            "https://auth.example/token",
+            None,
+            &["b:pull", "a:pull"],
+            Some("<token>"),
+        );
+        let call = asked.post_call().unwrap();
+        let form = call.form.unwrap();
+        let sent: Vec<(String, String)> = form_urlencoded::parse(form.expose().as_bytes())
+            .into_owned()
+            .collect();
+        let wanted = [
+            ("grant_type", "refresh_token"),
+            ("client_id", "oci-remote-cache"),
+            ("scope", "b:pull a:pull"),
+            ("refresh_token", "hunter2"),
+        ];
+        let wanted = wanted.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(sent, wanted);
+        assert!(call.authorization.is_none() && call.url.query().is_none());
+    }
+
+    #[test]
     fn tokens_are_found_and_checked() {
         for (body, token) in [
             (r#"{"token":"a"}"#, Ok("a")),

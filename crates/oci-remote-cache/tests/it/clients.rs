@@ -120,6 +120,44 @@ async fn nobody_comes_in_without_a_name() {
     cache.check_invariants().await;
 }
 
+/// What a client calls itself, or says of whom it stands for, is no name (GHSA-wrw5-gmvj-gf23, GHSA-8jm4), nor does it change what is asked.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_client_calls_itself_opens_nothing() {
+    let (_books, registry, cache, image) = scene("[]", "1h").await;
+    let path = manifest_path("up", REPO, "v1");
+    let alice = login("alice:sesame-alice");
+    assert_good(&ask(&cache, &path, Some(&alice)).await, &image.manifest);
+    registry.server().clear_log();
+    for (name, value) in [
+        ("User-Agent", "docker/28.0.0 go/1.24"),
+        ("User-Agent", "kube-probe/1.30"),
+        ("User-Agent", "harbor-registry-client"),
+        ("X-Forwarded-For", "127.0.0.1"),
+        ("X-Real-IP", "127.0.0.1"),
+        ("Forwarded", "for=127.0.0.1"),
+        ("X-Forwarded-User", "alice"),
+        ("X-Forwarded-Proto", "https"),
+        ("Remote-User", "alice"),
+        ("X-Original-URL", "/healthz"),
+        ("X-Rewrite-URL", "/healthz"),
+        ("X-HTTP-Method-Override", "DELETE"),
+        ("X-Client-Cert", "CN=alice"),
+        ("Host", "localhost"),
+        ("Cookie", "sid=alice"),
+    ] {
+        for path in [path.as_str(), "/v2/"] {
+            let answer = cache.send(Request::get(path).header(name, value)).await;
+            assert_challenged(&answer);
+        }
+        let named = Request::get(&path)
+            .header("Authorization", &alice)
+            .header(name, value);
+        assert_good(&cache.send(named).await, &image.manifest);
+    }
+    assert_eq!(registry.requests(), Vec::<String>::new());
+    cache.check_invariants().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn passwords_and_tokens_open_the_door_and_go_no_further() {
     let (_books, registry, cache, image) = scene("[]", "1h").await;

@@ -1,16 +1,24 @@
 //! TLS towards our own clients: HTTP/2 and HTTP/1.1, certificates that are replaced while we run, certificates as names.
 
 use std::fs;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use reqwest::{Certificate, Client, ClientBuilder, Identity, StatusCode, Version};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
 use tempfile::TempDir;
 use testbed::cache::{blob_path, manifest_path};
 use testbed::{
     CacheBuilder, CacheProcess, Content, Handler, Image, ImageSpec, Kind, Registry, Upstream,
     faults,
 };
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 use crate::stage::{BINARY, REPO, cache};
 
@@ -183,6 +191,96 @@ async fn requests_that_could_be_read_in_two_ways_are_refused_in_http2_too() {
         .await
         .unwrap();
     assert_eq!(post.status(), StatusCode::METHOD_NOT_ALLOWED);
+}
+
+/// A connection that speaks HTTP/2, byte by byte.
+async fn raw_http2(office: &Office, cache: &CacheProcess) -> TlsStream<TcpStream> {
+    oci_remote_cache::upstream::install_crypto();
+    let mut roots = RootCertStore::empty();
+    let pem = office.authority.pem();
+    let root = CertificateDer::from_pem_slice(pem.as_bytes()).expect("the authority");
+    roots.add(root).expect("a root");
+    let mut config = ClientConfig::builder()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let connector = TlsConnector::from(Arc::new(config));
+    let stream = TcpStream::connect(("127.0.0.1", cache.port())).await;
+    let name = ServerName::try_from("localhost").expect("a name");
+    let connected = connector.connect(name, stream.expect("a connection")).await;
+    let mut stream = connected.expect("a TLS connection");
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    stream.write_all(preface).await.expect("send the preface");
+    stream
+}
+
+/// The next frame's kind and payload; nothing at the end (RFC 9113 section 4.1).
+async fn frame(stream: &mut TlsStream<TcpStream>) -> Option<(u8, Vec<u8>)> {
+    let mut head = [0; 9];
+    stream.read_exact(&mut head).await.ok()?;
+    let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+    let mut payload = vec![0; length.try_into().expect("a frame's length")];
+    stream.read_exact(&mut payload).await.ok()?;
+    Some((head[3], payload))
+}
+
+/// Why the connection ends; nothing when it is just cut off.
+async fn goodbye(stream: &mut TlsStream<TcpStream>) -> Option<[u8; 4]> {
+    loop {
+        let (kind, payload) = frame(stream).await?;
+        if kind == 7 {
+            return payload.get(4..8)?.try_into().ok();
+        }
+    }
+}
+
+/// An HTTP/2 client is told what it may do: so many requests at once, and heads of so many bytes. A larger head is refused.
+#[tokio::test(flavor = "multi_thread")]
+async fn http2_has_bounds() {
+    let office = Office::new();
+    let (_registry, cache, _image) = scene(&office).await;
+    let mut stream = raw_http2(&office, &cache).await;
+    let (kind, settings) = frame(&mut stream).await.expect("the settings");
+    assert_eq!(kind, 4);
+    let said = |wanted: u16| {
+        let mut each = settings.chunks_exact(6);
+        let found = each.find(|setting| setting[..2] == wanted.to_be_bytes())?;
+        found[2..].try_into().map(u32::from_be_bytes).ok()
+    };
+    assert_eq!((said(3), said(6)), (Some(256), Some(32 << 10)));
+
+    let client = office.client(|builder| builder);
+    for (length, wanted) in [(30 << 10, 200), (40 << 10, 431)] {
+        let ask = client.get(url(&cache, "/v2/"));
+        let answer = ask.header("x-long", "y".repeat(length)).send().await;
+        assert_eq!(answer.unwrap().status().as_u16(), wanted, "{length}");
+    }
+}
+
+/// CVE-2023-44487: requests that are taken back as fast as they are made cost their connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn http2_requests_taken_back_without_end_end_the_connection() {
+    let office = Office::new();
+    let (_registry, cache, _image) = scene(&office).await;
+    let mut stream = raw_http2(&office, &cache).await;
+    // GET https://localhost/, and the end of it (RFC 7541: three of the static table, and a literal).
+    let request = b"\x82\x87\x84\x41\x09localhost";
+    let length = u8::try_from(request.len()).expect("a short head");
+    let mut storm = Vec::new();
+    for stream in (1..20_001_u32).step_by(2) {
+        let id = stream.to_be_bytes();
+        storm.extend([&[0, 0, length, 1, 5], &id[..], request].concat());
+        storm.extend([&[0, 0, 4, 3, 0], &id[..], &[0, 0, 0, 8]].concat());
+    }
+    // It may be cut off before it has said all.
+    stream.write_all(&storm).await.ok();
+    let ended = tokio::time::timeout(Duration::from_secs(10), goodbye(&mut stream)).await;
+    let why = ended.expect("the connection ends");
+    let asked_too_much = |code: [u8; 4]| code == [0, 0, 0, 11];
+    assert!(why.is_none_or(asked_too_much), "{why:?}");
+    let client = office.client(|builder| builder);
+    let next = client.get(url(&cache, "/v2/")).send().await.unwrap();
+    assert_eq!(next.status(), StatusCode::OK);
 }
 
 #[tokio::test(flavor = "multi_thread")]

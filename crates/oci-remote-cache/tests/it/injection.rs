@@ -3,8 +3,8 @@
 
 use testbed::cache::{blob_path, manifest_path};
 use testbed::{
-    Bearer, CacheProcess, Content, Handler, ImageSpec, Kind, Matcher, Origin, Registry, Request,
-    Response, TokenServer, faults,
+    Bearer, CacheProcess, Content, Handler, Image, ImageSpec, Kind, Matcher, Origin, Registry,
+    Request, Response, TokenServer, faults,
 };
 
 use crate::stage::{REPO, assert_refused, raw_exchange, up, up_with_image, up_without_ttl};
@@ -170,30 +170,28 @@ async fn what_a_client_writes_raw_ends_nothing() {
     cache.check_invariants().await;
 }
 
+/// Has every answer carry what is theirs, and a page where content belongs.
+fn script_pages(registry: &Registry, image: &Image, page: &Content) {
+    let manifest = &image.manifest;
+    let html = [&THEIRS[..], &[("Content-Type", "text/html; charset=utf-8")]].concat();
+    let typed = [&THEIRS[..], &[("Content-Type", &manifest.media_type)]].concat();
+    for (kind, headers, body) in [
+        (Kind::Blob, &html, page.data.clone()),
+        (Kind::Manifest, &typed, manifest.data.clone()),
+        (Kind::Tags, &html, "{\"tags\":[\"<script>\"]}".into()),
+        (Kind::Referrers, &html, "{\"manifests\":[]}".into()),
+    ] {
+        registry.script(kind, faults::status(200, headers, body));
+    }
+}
+
 /// None of an upstream's headers goes further, on a miss or a hit, whole or in part, kept or passed through.
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_of_an_upstream_stay_there() {
     let (registry, cache, image) = up_with_image().await;
-    let (page, foreign) = (
-        Content::new("<script>alert(1)</script>", "text/html"),
-        format!("blake3:{}", "0a".repeat(32)),
-    );
-    let html = [&THEIRS[..], &[("Content-Type", "text/html; charset=utf-8")]].concat();
-    let typed = [&THEIRS[..], &[("Content-Type", &image.manifest.media_type)]].concat();
-    let listed = [&THEIRS[..], &[("Content-Type", "text/html")]].concat();
-    registry.script(Kind::Blob, faults::status(200, &html, page.data.clone()));
-    registry.script(
-        Kind::Manifest,
-        faults::status(200, &typed, image.manifest.data.clone()),
-    );
-    registry.script(
-        Kind::Tags,
-        faults::status(200, &listed, "{\"tags\":[\"<script>\"]}"),
-    );
-    registry.script(
-        Kind::Referrers,
-        faults::status(200, &listed, "{\"manifests\":[]}"),
-    );
+    let page = Content::new("<script>alert(1)</script>", "text/html");
+    let foreign = format!("blake3:{}", "0a".repeat(32));
+    script_pages(&registry, &image, &page);
     let blob = blob_path("up", REPO, page.digest);
     let passed = blob_path("up", REPO, &foreign);
     let requests = [
@@ -246,25 +244,26 @@ async fn an_upstreams_errors_are_told_in_our_words() {
     let page = [&THEIRS[..], &[("Content-Type", "text/html")]].concat();
     let body =
         "{\"errors\":[{\"code\":\"DENIED\\r\\nSet-Cookie: evil\",\"message\":\"<script>evil\"}]}";
-    for status in [400, 401, 403, 404, 406, 418, 429, 500] {
+    let errors = [400, 401, 403, 404, 406, 418, 429, 500];
+    let bodies = [body, "<html>evil</html>"];
+    for (status, body) in errors
+        .iter()
+        .flat_map(|status| bodies.map(|body| (*status, body)))
+    {
         let repo = format!("lib/of{status}");
-        for body in [body, "<html>evil</html>"] {
-            registry.clear_scripts();
-            registry.script(
-                Matcher::any().repo(&repo),
-                faults::status(status, &page, body),
-            );
-            for path in [
-                manifest_path("up", &repo, "v1"),
-                blob_path("up", &repo, Content::blob(9, body).digest),
-                format!("/v2/up/{repo}/tags/list"),
-            ] {
-                let answer = cache.get(&path).await;
-                assert!(answer.status >= 400, "{path}: {answer}");
-                assert_refused(&answer, &[answer.status]);
-                assert_ours(&answer, &path);
-                assert!(!answer.text().contains("evil"), "{}", answer.text());
-            }
+        registry.clear_scripts();
+        let error = faults::status(status, &page, body);
+        registry.script(Matcher::any().repo(&repo), error);
+        for path in [
+            manifest_path("up", &repo, "v1"),
+            blob_path("up", &repo, Content::blob(9, body).digest),
+            format!("/v2/up/{repo}/tags/list"),
+        ] {
+            let answer = cache.get(&path).await;
+            assert!(answer.status >= 400, "{path}: {answer}");
+            assert_refused(&answer, &[answer.status]);
+            assert_ours(&answer, &path);
+            assert!(!answer.text().contains("evil"), "{}", answer.text());
         }
     }
     assert_whole_log(&cache);

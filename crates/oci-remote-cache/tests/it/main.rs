@@ -71,6 +71,8 @@ mod stage;
 #[cfg(test)]
 mod start;
 #[cfg(test)]
+mod threats;
+#[cfg(test)]
 mod tight;
 #[cfg(test)]
 mod tokens;

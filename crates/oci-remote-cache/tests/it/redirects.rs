@@ -241,6 +241,7 @@ async fn a_head_is_answered_although_the_content_host_refuses_head() {
             "{} bytes for a HEAD",
             origin.sent(Kind::Blob)
         );
+        assert_eq!(origin.count((Kind::Blob, "HEAD")), 0, "signed for GET");
         assert_holds_nothing(&cache).await;
         cache.check_invariants().await;
     }
