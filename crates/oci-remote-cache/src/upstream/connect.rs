@@ -334,18 +334,40 @@ async fn resolve(
 
 #[cfg(test)]
 mod tests {
-    use super::{Class, Rules, is_local, resolve};
+    use super::{Class, Refusal, Rules, is_local, resolve};
 
-    #[tokio::test]
-    async fn a_proxy_is_met_at_its_own_port() {
-        let rules = Rules {
+    fn rules() -> Rules {
+        Rules {
             class: Class::Public,
             own: ("registry.example".into(), 443),
             named: Vec::new(),
             trusted: Vec::new(),
             listeners: Vec::new(),
-            proxy: Some("localhost".into()),
+            proxy: None,
             is_local,
+        }
+    }
+
+    #[tokio::test]
+    async fn of_a_name_only_the_addresses_that_are_allowed_are_found() {
+        let inward = resolve(&rules(), "localhost", 443).await.err().unwrap();
+        let refusal = inward.downcast_ref::<Refusal>().unwrap().to_string();
+        assert!(refusal.starts_with("localhost:443 is on this machine"));
+        let widened = Rules {
+            named: vec!["127.0.0.1".parse().unwrap()],
+            ..rules()
+        };
+        // That it has another one too is nothing to go by.
+        let found = resolve(&widened, "localhost", 443).await.unwrap();
+        let found: Vec<String> = found.map(|address| address.to_string()).collect();
+        assert!(!found.is_empty() && found.iter().all(|address| address == "127.0.0.1:443"));
+    }
+
+    #[tokio::test]
+    async fn a_proxy_is_met_at_its_own_port() {
+        let rules = Rules {
+            proxy: Some("localhost".into()),
+            ..rules()
         };
         let found = resolve(&rules, "localhost", 443).await.unwrap();
         let ports: Vec<u16> = found.map(|address| address.port()).collect();

@@ -9,6 +9,7 @@ use testbed::{
     Bearer, CacheProcess, Content, Exchange, Handler, ImageSpec, Kind, Matcher, Registry, Response,
     TokenServer, assert_good, faults,
 };
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use crate::stage::{AFTER_A_FAILURE, REPO, assert_holds_nothing, assert_refused, up, up_with_blob};
@@ -171,29 +172,35 @@ async fn heads_without_an_end_are_left() {
         (TRAILERS, long),
         (TRAILERS, short_lines),
     ];
+    let mut all = JoinSet::new();
     for (begin, part) in parts {
-        let (registry, cache, blob) = up_with_blob(1000).await;
-        let (handler, sent) = endless_raw(begin, part);
-        registry.script(Matcher::any(), handler);
-        let before = cache.anonymous_memory();
-        for path in [
-            testbed::cache::blob_path("up", REPO, blob.digest),
-            testbed::cache::manifest_path("up", REPO, "v1"),
-            format!("/v2/up/{REPO}/tags/list"),
-        ] {
-            let answer = cache.get(&path).await;
-            assert!(answer.is_refused(), "{begin:?}: {path}: {answer}");
-        }
-        let taken = sent.load(Ordering::SeqCst);
-        assert!(taken < MOST, "{begin:?}: {taken} bytes were taken");
-        let memory = cache.anonymous_memory();
-        assert!(memory < before + MOST, "{before} bytes grew to {memory}");
-        registry.clear_scripts();
-        // The breaker, if it opened, looks again within a second.
-        sleep(AFTER_A_FAILURE + Duration::from_secs(1)).await;
-        assert_good(&cache.blob("up", REPO, blob.digest).await, &blob);
-        cache.check_invariants().await;
+        all.spawn(assert_head_left(begin, part));
     }
+    all.join_all().await;
+}
+
+async fn assert_head_left(begin: &'static str, part: Part) {
+    let (registry, cache, blob) = up_with_blob(1000).await;
+    let (handler, sent) = endless_raw(begin, part);
+    registry.script(Matcher::any(), handler);
+    let before = cache.anonymous_memory();
+    for path in [
+        testbed::cache::blob_path("up", REPO, blob.digest),
+        testbed::cache::manifest_path("up", REPO, "v1"),
+        format!("/v2/up/{REPO}/tags/list"),
+    ] {
+        let answer = cache.get(&path).await;
+        assert!(answer.is_refused(), "{begin:?}: {path}: {answer}");
+    }
+    let taken = sent.load(Ordering::SeqCst);
+    assert!(taken < MOST, "{begin:?}: {taken} bytes were taken");
+    let memory = cache.anonymous_memory();
+    assert!(memory < before + MOST, "{before} bytes grew to {memory}");
+    registry.clear_scripts();
+    // The breaker, if it opened, looks again within a second.
+    sleep(AFTER_A_FAILURE + Duration::from_secs(1)).await;
+    assert_good(&cache.blob("up", REPO, blob.digest).await, &blob);
+    cache.check_invariants().await;
 }
 
 /// Interim answers are small and may be many; the final one has its time all the same.

@@ -3,11 +3,11 @@
 
 use testbed::cache::{blob_path, manifest_path};
 use testbed::{
-    Bearer, CacheProcess, Content, Handler, Image, ImageSpec, Kind, Matcher, Origin, Registry,
-    Request, Response, TokenServer, faults,
+    Bearer, CacheProcess, Content, Exchange, Handler, Image, ImageSpec, Kind, Matcher, Origin,
+    Registry, Request, Response, TokenServer, Upstream, faults,
 };
 
-use crate::stage::{REPO, assert_refused, raw_exchange, up, up_with_image, up_without_ttl};
+use crate::stage::{REPO, assert_refused, cache, raw_exchange, up, up_with_image, up_without_ttl};
 
 /// All headers that an answer may have.
 const OURS: [&str; 20] = [
@@ -355,33 +355,36 @@ async fn what_an_upstream_writes_of_places_ends_nothing() {
     cache.check_invariants().await;
 }
 
-/// A head that an upstream breaks with lines of its own is no answer.
+/// Heads that an upstream breaks with lines of its own, or that say two things.
+const BROKEN: [&str; 7] = [
+    "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: a\rSet-Cookie: evil=1\r\n\r\n{}",
+    "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: a\r\n folded\r\n\r\n{}",
+    "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX\0: a\r\n\r\n{}",
+    "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{} ",
+    "HTTP/1.1 200 OK\r\nContent-Length: two\r\n\r\n{}",
+    "HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\n{}",
+    "<html>evil</html>\r\n\r\n",
+];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broken_head_of_an_upstream_is_no_answer() {
-    let (registry, cache) = up().await;
-    for (n, head) in [
-        "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: a\rSet-Cookie: evil=1\r\n\r\n{}",
-        "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: a\r\n folded\r\n\r\n{}",
-        "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX\0: a\r\n\r\n{}",
-        "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{} ",
-        "HTTP/1.1 200 OK\r\nContent-Length: two\r\n\r\n{}",
-        "HTTP/1.1 2000 OK\r\nContent-Length: 2\r\n\r\n{}",
-        "<html>evil</html>\r\n\r\n",
-    ]
-    .iter()
-    .enumerate()
-    {
-        let repo = format!("lib/{n}");
-        let raw = Handler::new(move |mut exchange: testbed::Exchange| async move {
+    let (mut registries, mut builder) = (Vec::new(), cache());
+    for (n, head) in BROKEN.into_iter().enumerate() {
+        let registry = Registry::start().await;
+        let raw = Handler::new(move |mut exchange: Exchange| async move {
             exchange.raw(head.as_bytes()).await;
             exchange.close().await;
         });
-        registry.script(Matcher::any().repo(&repo), raw);
-        let answer = cache.get(&format!("/v2/up/{repo}/tags/list")).await;
+        registry.script(Matcher::any(), raw);
+        builder = builder.upstream(Upstream::new(&format!("up{n}"), registry.url()));
+        registries.push(registry);
+    }
+    let cache = builder.start().await;
+    for (n, head) in BROKEN.iter().enumerate() {
+        let path = format!("/v2/up{n}/{REPO}/tags/list");
+        let answer = cache.get(&path).await;
         assert_refused(&answer, &[502, 503]);
         assert_ours(&answer, head);
-        // The breaker, if it opened, looks again within a second.
-        tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
     }
     assert_whole_log(&cache);
     cache.check_invariants().await;
