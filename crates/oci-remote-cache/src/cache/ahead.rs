@@ -12,7 +12,7 @@ use oci::{AnyDigest, Descriptor, Digest};
 use quick_cache::sync::Cache as Memory;
 use tokio::time::Instant;
 
-use super::blob::{Wish, WishRange};
+use super::blob::{BlobAnswer, Wish, WishRange};
 use super::{Cache, Origin};
 use crate::deadline::Deadline;
 use crate::metrics::OutcomeLabel;
@@ -121,7 +121,7 @@ impl Images {
         source: &Source,
         digest: &Digest,
         limit: impl FnOnce() -> u64,
-    ) -> (Vec<Digest>, bool) {
+    ) -> (Vec<(Digest, u64)>, bool) {
         let Some(Place { image, index }) = self.layers.get(digest) else {
             return (Vec::new(), false);
         };
@@ -137,7 +137,7 @@ impl Images {
                 self.layers.remove(digest);
             }
         }
-        let layer = |index: &usize| image.layers.get(*index).map(|(digest, _)| *digest);
+        let layer = |index: &usize| image.layers.get(*index).copied();
         (next.start.iter().filter_map(layer).collect(), next.useful)
     }
 }
@@ -227,9 +227,11 @@ impl Cache {
             count("used");
         }
         let store = &self.inner.store;
-        for layer in layers.into_iter().filter(|layer| !store.contains(layer)) {
-            count("started");
-            self.fetch_ahead(grant, layer, wish);
+        for layer in layers {
+            if !store.contains(&layer.0) {
+                count("started");
+                self.fetch_ahead(grant, layer, wish);
+            }
         }
     }
 
@@ -242,7 +244,7 @@ impl Cache {
         origin.read_ahead
     }
 
-    fn fetch_ahead(&self, grant: &Grant, layer: Digest, wish: Wish) {
+    fn fetch_ahead(&self, grant: &Grant, (layer, size): (Digest, u64), wish: Wish) {
         let (cache, grant) = (self.clone(), grant.clone());
         self.inner.tasks.spawn(async move {
             let layer = AnyDigest::Known(layer);
@@ -251,9 +253,18 @@ impl Cache {
                 () = cache.inner.tasks.stopping() => return,
                 fetched = Box::pin(fetched) => fetched,
             };
-            // A fill needs no reader to go on. Whoever asks for the layer meets what this one met, or tries again.
-            if let Err(error) = fetched {
-                tracing::debug!(source = %grant.source(), digest = %layer, %error, "a layer was not read ahead");
+            match fetched {
+                // The limit counts what the manifest says, and anyone can push one that lies.
+                Ok(BlobAnswer::Filling(open, _)) if open.size() != Some(size) => {
+                    tracing::info!(source = %grant.source(), digest = %layer, said = size, size = open.size(),
+                        "a layer has not the size that its manifest says; it is not read ahead");
+                    open.renounce();
+                }
+                // A fill needs no reader to go on. Whoever asks for the layer meets what this one met, or tries again.
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::debug!(source = %grant.source(), digest = %layer, %error, "a layer was not read ahead");
+                }
             }
         });
     }

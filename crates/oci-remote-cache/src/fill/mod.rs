@@ -152,6 +152,17 @@ struct Readers {
     first_part: Option<oci::RangeSpec>,
     second_client: bool,
     idle_since: Option<Instant>,
+    last_word: LastWord,
+}
+
+/// What the last reader said on leaving.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum LastWord {
+    /// Nothing: the bytes are of use all the same.
+    #[default]
+    Nothing,
+    /// That it is not what was expected.
+    Unwanted,
 }
 
 /// One reader's place at a fill; leaving it ends nothing but itself.
@@ -279,6 +290,7 @@ impl Fill {
         let mut readers = self.readers();
         readers.seats.push(Arc::clone(&aim));
         readers.idle_since = None;
+        readers.last_word = LastWord::Nothing;
         match wish.range {
             WishRange::Whole => readers.whole = true,
             WishRange::Part(spec) => readers.first_part = readers.first_part.or(Some(spec)),
@@ -332,6 +344,12 @@ impl Fill {
         self.readers().idle_since
     }
 
+    /// Whether nobody reads, and nobody will come back for it.
+    fn is_unwanted(&self) -> bool {
+        let readers = self.readers();
+        readers.last_word == LastWord::Unwanted && readers.seats.is_empty()
+    }
+
     fn has_readers(&self) -> bool {
         !self.readers().seats.is_empty()
     }
@@ -373,6 +391,14 @@ impl Seat {
         }
         drop(readers);
         self.fill.wake.notify_one();
+    }
+
+    /// Says that the fill need not go on for this reader. Others that read are not concerned.
+    fn renounce(&self) {
+        let mut readers = self.fill.readers();
+        if readers.seats.len() <= 1 {
+            readers.last_word = LastWord::Unwanted;
+        }
     }
 
     fn advance(&self, position: u64) {

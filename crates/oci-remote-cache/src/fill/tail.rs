@@ -127,6 +127,11 @@ impl Open {
         matches!(self.joined.progress.borrow().phase, Phase::Verified)
     }
 
+    /// Leaves, and ends the fill where nobody else reads: it is not what was expected.
+    pub fn renounce(self) {
+        self.joined.seat.renounce();
+    }
+
     /// Reads `slice`, or everything when the size is not known.
     pub fn read(self, slice: Option<Slice>, release: Release) -> Tail {
         let end = slice.map(|slice| slice.end).or(self.size);

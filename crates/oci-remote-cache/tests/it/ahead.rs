@@ -5,7 +5,8 @@ use std::time::Duration;
 use testbed::cache::{blob_path, manifest_path};
 use testbed::image::ACCEPT_ALL;
 use testbed::{
-    CacheProcess, Content, Image, ImageSpec, Registry, Request, Upstream, assert_good, eventually,
+    CacheProcess, Content, Image, ImageSpec, Matcher, Registry, Request, ServeOptions, Upstream,
+    assert_good, eventually, faults,
 };
 use tokio::time::sleep;
 
@@ -162,4 +163,42 @@ async fn who_may_have_only_what_is_held_has_nothing_read_ahead() {
     assert_good(&cache.send(request("bob", &path(fourth))).await, fourth);
     sleep(A_MOMENT).await;
     assert_eq!(asked(&registry, &image.layers[4..]), [0; 8]);
+}
+
+/// Anyone can push a manifest that lies about its layers' sizes: what is larger than it was said to be is not brought for nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn sizes_that_lie_bring_no_more_than_was_said() {
+    let (registry, cache) = up().await;
+    let sizes = [1, 1, 1, 2000, 2000, 2000, 2000].map(|kib| kib * KIB);
+    let image = image_of(&registry, &sizes);
+    let mut manifest: serde_json::Value = serde_json::from_slice(&image.manifest.data).unwrap();
+    let (honest, large) = image.layers.split_at(3);
+    for (n, layer) in large.iter().enumerate() {
+        manifest["layers"][3 + n]["size"] = 10.into();
+        let slow = faults::serve(layer, ServeOptions::new().rate(1 << 20));
+        registry.script(Matcher::blobs().of(layer.digest), slow);
+    }
+    let manifest = Content::new(
+        manifest.to_string().into_bytes(),
+        &image.manifest.media_type,
+    );
+    registry.put_manifest(REPO, Some("v1"), &manifest);
+    let answer = cache.get(&manifest_path("up", REPO, "v1")).await;
+    assert_good(&answer, &manifest);
+    get_blobs(&cache, [&image.config].into_iter().chain(honest)).await;
+    let tried = || asked(&registry, large) == [1; 4];
+    assert!(
+        eventually(Duration::from_secs(5), tried).await,
+        "{:?}",
+        registry.requests()
+    );
+    sleep(Duration::from_secs(3)).await;
+    for layer in large {
+        let sent = registry.sent(Matcher::blobs().of(layer.digest));
+        assert!(sent < 1000 << 10, "{sent} bytes were taken");
+        assert!(!cache.holds(&layer.digest));
+    }
+    // Whoever asks for it is given it.
+    get_blobs(&cache, &large[..1]).await;
+    cache.check_invariants().await;
 }

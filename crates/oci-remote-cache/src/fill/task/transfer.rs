@@ -418,6 +418,9 @@ impl Transfer {
 
     /// A fill that nobody reads finishes if it is small or half in; else it is parked after a while.
     fn when_abandoned(&mut self) -> Flow {
+        if self.fill.is_unwanted() {
+            return self.park();
+        }
         let Some(since) = self.fill.idle_since().filter(|_| !self.fill.has_readers()) else {
             return Flow::On;
         };
