@@ -7,10 +7,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use oci::Reference;
+
 use super::Cache;
-use super::access::{Sight, denies, no_answer, unknown};
+use super::access::{Sight, denies, list, no_answer, unknown};
 use super::error::CacheError;
 use super::proofs::Denial;
+use super::revalidate::of_tag;
 use super::visit::Visit;
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
@@ -99,7 +102,10 @@ impl Cache {
         }
         let asked = self.knock(visit, resource).await;
         match asked {
-            Ok(Sight::Open) => {
+            Ok(sight @ (Sight::Open | Sight::OthersOnly)) => {
+                if sight == Sight::OthersOnly {
+                    self.hide(visit, resource);
+                }
                 proofs.prove(visitor, ttl);
                 Ok(())
             }
@@ -125,6 +131,30 @@ impl Cache {
         }
         proofs.refuse(visit.visitor(), denial);
         denied(visit, denial)
+    }
+
+    /// A visitor is told that something is not there which is held. Registries hide a whole repository so: the visitor's proof for it is
+    /// over, unless its list of tags is still shown. Returns the refusal, where there is one.
+    pub(super) async fn doubt_proof(&self, visit: &Visit) -> Option<CacheError> {
+        let origin = self.origin(visit).ok()?;
+        match list(origin, visit).await {
+            Ok(Sight::Open | Sight::OthersOnly) => None,
+            Err(error) if denies(&error) => Some(self.deny(visit, refused(&error))),
+            Ok(Sight::Nothing) | Err(_) => {
+                tracing::info!(source = %visit.source, "a client is no longer shown what was open to it");
+                self.inner.proofs.end(&visit.visitor());
+                None
+            }
+        }
+    }
+
+    /// The tag was not shown to this visitor at the door: one that is held is none for it.
+    fn hide(&self, visit: &Visit, resource: &Resource) {
+        if let Resource::Manifest(Reference::Tag(tag)) = resource
+            && self.tag_record(visit, tag).is_some()
+        {
+            self.inner.negatives.hide(of_tag(visit, tag));
+        }
     }
 
     /// Whether the repository was shown to be open to this client, or to anyone. Nobody is asked.

@@ -13,6 +13,7 @@ use quick_cache::sync::Cache as Memory;
 use serde::Deserialize;
 
 use super::error::{CacheError, Thing};
+use super::negative::Question;
 use super::right::refused;
 use super::single_flight::Role;
 use super::visit::Visit;
@@ -165,6 +166,7 @@ impl Cache {
         }
         let key: ListingKey = (visit.source.clone(), list);
         let held = self.inner.listings.pages.get(&key);
+        let held = held.filter(|_| !self.is_hidden(visit, &key.1));
         let suspended = self.is_suspended(visit)?;
         let origin = self.origin(&key.0)?;
         let ttl = origin
@@ -187,8 +189,15 @@ impl Cache {
     }
 
     /// A page as it came last, however long ago.
-    pub(super) fn known_page(&self, source: &Source, list: List) -> Option<Arc<Listing>> {
-        self.inner.listings.pages.get(&(source.clone(), list))
+    pub(super) fn known_page(&self, visit: &Visit, list: List) -> Option<Arc<Listing>> {
+        if self.is_hidden(visit, &list) {
+            return None;
+        }
+        self.inner.listings.pages.get(&(visit.source.clone(), list))
+    }
+
+    fn is_hidden(&self, visit: &Visit, list: &List) -> bool {
+        visit.is_personal() && self.inner.negatives.hides(&of_list(visit, list))
     }
 
     /// Names of repositories of which something is stored, upstream's key first, in order, from after `after`; at most `most`. Left out are
@@ -244,7 +253,7 @@ impl Cache {
         deadline: Deadline,
     ) -> Result<(Arc<Listing>, Role), CacheError> {
         let thing = list.thing();
-        let negative = (visit.visitor(), thing, list.name());
+        let negative = of_list(visit, &list);
         if let Some(refusal) = self.inner.negatives.find(&negative) {
             return Err(refused(visit, thing, refusal));
         }
@@ -272,7 +281,9 @@ impl Cache {
         let (answer, body) = match upstream.whole(&ask, PAGE_LIMIT, deadline).await {
             Ok(whole) => whole,
             Err(error) => {
-                self.forget_listing(&key, visit, error.fault());
+                if let Some(refusal) = self.forget_listing(&key, visit, error.fault()).await {
+                    return Err(refusal);
+                }
                 return Err(self
                     .judge_refusal(visit, list.thing(), list.name(), &Arc::new(error))
                     .await);
@@ -281,17 +292,32 @@ impl Cache {
         self.lift(visit, Some(answer.credential())).await;
         let listing = self.read_listing(list, &answer, body);
         let listing = Arc::new(listing.ok_or_else(|| upstream.broken(&ask, "not a list in JSON"))?);
+        self.inner.negatives.forget(&of_list(visit, list));
         self.inner.listings.pages.insert(key, Arc::clone(&listing));
         Ok(listing)
     }
 
     /// A list that the upstream says is gone is not served when it goes down later. That one client may not see it takes it from nobody
-    /// else.
-    fn forget_listing(&self, key: &ListingKey, visit: &Visit, fault: &Fault) {
-        let refused = matches!(fault, Fault::Denied { .. }) && !visit.is_personal();
-        if refused || matches!(fault, Fault::NotFound { .. }) {
-            self.inner.listings.pages.remove(key);
+    /// else. Returns the refusal, where a closer look finds one.
+    async fn forget_listing(
+        &self,
+        key: &ListingKey,
+        visit: &Visit,
+        fault: &Fault,
+    ) -> Option<CacheError> {
+        let gone = matches!(fault, Fault::NotFound { .. });
+        if !gone && !matches!(fault, Fault::Denied { .. }) {
+            return None;
         }
+        if !visit.is_personal() {
+            self.inner.listings.pages.remove(key);
+            return None;
+        }
+        if !gone || self.inner.listings.pages.get(key).is_none() {
+            return None;
+        }
+        self.inner.negatives.hide(of_list(visit, &key.1));
+        self.doubt_proof(visit).await
     }
 
     /// Reads a page; `None` when it is not one.
@@ -320,6 +346,11 @@ impl Cache {
             checked: self.inner.clock.now(),
         })
     }
+}
+
+/// A visitor's question for a list.
+fn of_list(visit: &Visit, list: &List) -> Question {
+    (visit.visitor(), list.thing(), list.name())
 }
 
 /// Whether this is a list of tags that names any.

@@ -29,10 +29,15 @@ pub(super) struct Refused {
     clock: Clock,
 }
 
+/// What was asked for, and in whose name.
+pub(super) type Question = (Visitor, Thing, String);
+
 /// Remembered refusals.
 #[derive(Debug)]
 pub(super) struct Negatives {
-    known: Memory<(Visitor, Thing, String), (Refusal, Life)>,
+    known: Memory<Question, (Refusal, Life)>,
+    /// What is held, and one visitor was told is not there: until the upstream tells it otherwise.
+    hidden: Memory<Question, ()>,
     clock: Clock,
 }
 
@@ -86,19 +91,20 @@ impl Negatives {
     pub(super) fn new(clock: Clock) -> Self {
         Self {
             known: Memory::new(MOST),
+            hidden: Memory::new(MOST),
             clock,
         }
     }
 
     /// Remembers a refusal for `ttl`.
-    pub(super) fn note(&self, key: (Visitor, Thing, String), refusal: Refusal, ttl: Duration) {
+    pub(super) fn note(&self, key: Question, refusal: Refusal, ttl: Duration) {
         if let Some(life) = Life::new(&self.clock, ttl) {
             self.known.insert(key, (refusal, life));
         }
     }
 
     /// The refusal that still holds.
-    pub(super) fn find(&self, key: &(Visitor, Thing, String)) -> Option<Refusal> {
+    pub(super) fn find(&self, key: &Question) -> Option<Refusal> {
         let (refusal, life) = self.known.get(key)?;
         if life.is_over(&self.clock) {
             self.known.remove(key);
@@ -108,8 +114,18 @@ impl Negatives {
     }
 
     /// Forgets a refusal: the upstream has said otherwise.
-    pub(super) fn forget(&self, key: &(Visitor, Thing, String)) {
+    pub(super) fn forget(&self, key: &Question) {
         self.known.remove(key);
+        self.hidden.remove(key);
+    }
+
+    /// What is held is hidden from a visitor, however old the refusal becomes.
+    pub(super) fn hide(&self, key: Question) {
+        self.hidden.insert(key, ());
+    }
+
+    pub(super) fn hides(&self, key: &Question) -> bool {
+        self.hidden.get(key).is_some()
     }
 }
 

@@ -10,8 +10,9 @@ use oci::{AnyDigest, Digest, MANIFEST_LIMIT, MediaType, Reference, Tag};
 use super::error::{CacheError, Thing};
 use super::freshness::{Circumstances, Freshness, Known, Reach, Word, judge};
 use super::manifest::{Fetched, read_manifest, tag_record};
+use super::negative::Question;
 use super::right::refused;
-use super::visit::{Visit, Visitor};
+use super::visit::Visit;
 use super::{Cache, manifest_ask};
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
@@ -49,9 +50,10 @@ impl Cache {
     ) -> Result<Freshness, CacheError> {
         let source = &visit.source;
         let refused = self.is_suspended(visit)?;
+        let hidden = visit.is_personal() && self.inner.negatives.hides(&of_tag(visit, tag));
         let known = record.map(|record| Known {
             checked: record.checked,
-            word: match (refused, record.suspended) {
+            word: match (refused, record.suspended || hidden) {
                 (true, _) => Word::Refused,
                 (false, true) => Word::Deleted,
                 (false, false) => Word::Holds,
@@ -94,7 +96,7 @@ impl Cache {
         method: Method,
         deadline: Deadline,
     ) -> Result<Fetched, CacheError> {
-        if let Some(refusal) = self.inner.negatives.find(&negative(visit, tag)) {
+        if let Some(refusal) = self.inner.negatives.find(&of_tag(visit, tag)) {
             return Err(refused(visit, Thing::Manifest, refusal));
         }
         let (cache, from, name) = (self.clone(), visit.clone(), tag.clone());
@@ -215,16 +217,24 @@ impl Cache {
         };
         self.lift(visit, Some(answer.0.credential())).await;
         let judged = read_manifest(visit, answer, None)?;
+        self.inner.negatives.forget(&of_tag(visit, tag));
         Ok(self
             .keep(visit, judged, Some((tag, self.inner.clock.now())))
             .await)
     }
 
-    /// The upstream refused a tag. A 404 suspends the tag, a 401 or 403 the repository; neither deletes anything.
+    /// The upstream refused a tag. A 404 suspends the tag, a 401 or 403 the repository; neither deletes anything. What one login, or
+    /// nobody, is not shown may be hidden from it alone: then the tag is gone for it, and for others when they are told so themselves.
     async fn tag_refused(&self, visit: &Visit, tag: &Tag, error: UpstreamError) -> CacheError {
         let source = &visit.source;
         let gone = matches!(error.fault(), Fault::NotFound { .. });
-        if let Some(record) = self.tag_record(source, tag).filter(|_| gone) {
+        let held = self.tag_record(source, tag).filter(|_| gone);
+        if held.is_some() && visit.is_personal() {
+            self.inner.negatives.hide(of_tag(visit, tag));
+            if let Some(refusal) = self.doubt_proof(visit).await {
+                return refusal;
+            }
+        } else if let Some(record) = held {
             if !record.suspended {
                 tracing::info!(source = %source, %tag, "the upstream no longer has this tag");
             }
@@ -241,7 +251,7 @@ impl Cache {
     }
 
     async fn record_tag(&self, visit: &Visit, record: TagRecord) {
-        self.inner.negatives.forget(&negative(visit, &record.tag));
+        self.inner.negatives.forget(&of_tag(visit, &record.tag));
         if let Err(error) = self
             .inner
             .store
@@ -254,7 +264,8 @@ impl Cache {
     }
 }
 
-fn negative(visit: &Visit, tag: &Tag) -> (Visitor, Thing, String) {
+/// A visitor's question for a tag.
+pub(super) fn of_tag(visit: &Visit, tag: &Tag) -> Question {
     (visit.visitor(), Thing::Manifest, tag.to_string())
 }
 

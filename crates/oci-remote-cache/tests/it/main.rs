@@ -47,6 +47,8 @@ mod never_worse;
 #[cfg(test)]
 mod once;
 #[cfg(test)]
+mod one_login;
+#[cfg(test)]
 mod proxies;
 #[cfg(test)]
 mod ranges;

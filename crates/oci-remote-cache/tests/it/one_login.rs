@@ -1,0 +1,115 @@
+//! Where clients show their own logins: what one of them runs into at the upstream is nobody else's.
+
+use std::time::Duration;
+
+use testbed::cache::manifest_path;
+use testbed::{ImageSpec, Kind, Matcher, Request, assert_good, faults};
+use tokio::time::sleep;
+
+use crate::by_login::{ALICE, CAROL, PRIVATE, Scene, scene};
+
+/// How long a 404 is remembered in these tests, and a little more.
+const AFTER_A_404: Duration = Duration::from_millis(1200);
+
+/// Tags are asked for each time, proofs last.
+async fn asking_scene() -> Scene {
+    scene(|upstream| upstream.tag_ttl("0s").line("client_proof_ttl = \"1h\"")).await
+}
+
+async fn tags(scene: &Scene, login: &str) -> u16 {
+    let list = Request::get(&format!("/v2/up/{PRIVATE}/tags/list"));
+    scene.ask(list, Some(login)).await.status
+}
+
+/// Registries answer 404 to those whom they do not show that there is something.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_hidden_from_one_login_stays_with_the_others() {
+    let scene = asking_scene().await;
+    scene.pull(ALICE).await;
+    scene.pull(CAROL).await;
+    assert_eq!(tags(&scene, ALICE).await, 200);
+    let hidden = faults::error(404, "NAME_UNKNOWN", &[]);
+    scene.answer(scene.is_from("alice"), hidden);
+    assert_eq!(tags(&scene, ALICE).await, 404);
+    assert_eq!(scene.tag(Some(ALICE)).await.status, 404);
+    // Nothing shows her the repository any longer.
+    assert_eq!(scene.layer(Some(ALICE)).await.status, 404);
+    scene.registry.server().stop().await;
+    assert_good(&scene.tag(Some(CAROL)).await, &scene.private.manifest);
+    assert!(scene.layer(Some(CAROL)).await.is_whole());
+    assert_eq!(tags(&scene, CAROL).await, 200);
+    for answer in [
+        scene.tag(Some(ALICE)).await,
+        scene.layer(Some(ALICE)).await,
+        scene
+            .ask(
+                Request::get(&format!("/v2/up/{PRIVATE}/tags/list")),
+                Some(ALICE),
+            )
+            .await,
+    ] {
+        assert!(answer.status >= 400, "{answer}");
+    }
+    scene.cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tag_that_is_gone_is_gone_for_each_login_that_is_told_so() {
+    let scene = asking_scene().await;
+    let other = ImageSpec::new(PRIVATE, "v2").seed("stays");
+    scene.registry.put_image(&other);
+    scene.pull(ALICE).await;
+    scene.pull(CAROL).await;
+    scene.registry.remove_manifest(PRIVATE, "v1");
+    assert_eq!(scene.tag(Some(ALICE)).await.status, 404);
+    let before = scene.registry.count(Kind::Manifest);
+    assert_eq!(scene.tag(Some(ALICE)).await.status, 404);
+    assert_eq!(scene.registry.count(Kind::Manifest), before, "remembered");
+    assert_eq!(scene.tag(Some(CAROL)).await.status, 404);
+    // The repository is open to both as before, and the digest too.
+    let digest = manifest_path("up", PRIVATE, scene.private.manifest.digest);
+    for login in [ALICE, CAROL] {
+        assert!(scene.layer(Some(login)).await.is_whole());
+        let by_digest = scene.ask(Request::get(&digest), Some(login)).await;
+        assert_good(&by_digest, &scene.private.manifest);
+    }
+    scene.registry.server().stop().await;
+    sleep(AFTER_A_404).await;
+    for login in [ALICE, CAROL] {
+        let gone = scene.tag(Some(login)).await;
+        assert!(gone.status >= 400, "told that it is gone: {gone}");
+    }
+    scene.registry.server().resume().await;
+    let manifest = &scene.private.manifest;
+    scene.registry.put_manifest(PRIVATE, Some("v1"), manifest);
+    sleep(AFTER_A_404).await;
+    for login in [ALICE, CAROL] {
+        assert_good(&scene.tag(Some(login)).await, manifest);
+    }
+    scene.cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tag_that_one_login_is_not_shown_is_not_given_to_it_though_it_is_fresh() {
+    let scene = scene(|upstream| upstream.tag_ttl("1h").line("client_proof_ttl = \"1h\"")).await;
+    let other = ImageSpec::new(PRIVATE, "v2").seed("for both");
+    scene.registry.put_image(&other);
+    scene.pull(CAROL).await;
+    // One tag alone is hidden, and she is let in by the list.
+    let (alice, usual) = (scene.is_from("alice"), faults::usual());
+    let hidden = faults::error(404, "MANIFEST_UNKNOWN", &[]);
+    let by_login = testbed::Handler::new(move |exchange| {
+        if alice(&exchange) {
+            hidden.call(exchange)
+        } else {
+            usual.call(exchange)
+        }
+    });
+    let tag = Matcher::manifests().repo(PRIVATE).of("v1");
+    scene.registry.script(tag, by_login);
+    assert_eq!(scene.tag(Some(ALICE)).await.status, 404);
+    assert_eq!(scene.tag(Some(ALICE)).await.status, 404);
+    assert!(scene.layer(Some(ALICE)).await.is_whole());
+    assert_good(&scene.tag(Some(CAROL)).await, &scene.private.manifest);
+    scene.cache.check_invariants().await;
+}
