@@ -169,10 +169,13 @@ impl Cache {
 }
 
 /// Whether the upstream may say something else to one whom it knows: it refuses strangers, hides from them that a repository is there,
-/// or has given them all that it gives in a while.
+/// has given them all that it gives in a while, or fails when they ask.
 fn is_for_strangers(error: &CacheError) -> bool {
     if let CacheError::Upstream(error) = error {
-        return matches!(error.fault(), Fault::RateLimited { .. });
+        return matches!(
+            error.fault(),
+            Fault::RateLimited { .. } | Fault::BreakerOpen { .. } | Fault::Status(500..)
+        );
     }
     matches!(
         error,

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use testbed::cache::manifest_path;
-use testbed::{ImageSpec, Kind, Matcher, Request, assert_good, faults};
+use testbed::{Exchange, ImageSpec, Kind, Matcher, Request, assert_good, faults};
 use tokio::time::sleep;
 
-use crate::by_login::{ALICE, CAROL, PRIVATE, Scene, scene};
+use crate::by_login::{ALICE, BOB, CAROL, PRIVATE, PUBLIC, Scene, scene};
 
 /// How long a 404 is remembered in these tests, and a little more.
 const AFTER_A_404: Duration = Duration::from_millis(1200);
@@ -111,5 +111,72 @@ async fn a_tag_that_one_login_is_not_shown_is_not_given_to_it_though_it_is_fresh
     assert_eq!(scene.tag(Some(ALICE)).await.status, 404);
     assert!(scene.layer(Some(ALICE)).await.is_whole());
     assert_good(&scene.tag(Some(CAROL)).await, &scene.private.manifest);
+    scene.cache.check_invariants().await;
+}
+
+/// Those who come with a token that anyone gets.
+fn strangers(scene: &Scene) -> impl Fn(&Exchange) -> bool + use<> {
+    let users = ["alice", "bob", "carol"].map(|user| scene.is_from(user));
+    move |exchange| {
+        let shown = exchange.header("authorization").is_some();
+        shown && !users.iter().any(|is_from| is_from(exchange))
+    }
+}
+
+/// An upstream may fail for one login, or for strangers, and be well for others.
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_that_one_login_provokes_shut_nobody_else_out() {
+    let scene = asking_scene().await;
+    scene.pull(ALICE).await;
+    let failed = faults::error(500, "UNKNOWN", &[]);
+    scene.answer(scene.is_from("alice"), failed);
+    let nothing = |n: usize| Request::get(&manifest_path("up", PRIVATE, format!("none{n}")));
+    for n in 0..4 {
+        let answer = scene.ask(nothing(n), Some(ALICE)).await;
+        assert_eq!(answer.status, 503, "{answer}");
+    }
+    let before = scene.registry.count(Kind::Manifest);
+    let alone = scene.ask(nothing(9), Some(ALICE)).await;
+    assert_eq!(alone.status, 503, "{alone}");
+    let asked = scene.registry.count(Kind::Manifest) - before;
+    assert!(asked <= 1, "for her it is left alone: {asked}");
+    scene.pull(CAROL).await;
+    let answer = scene.ask(nothing(9), Some(CAROL)).await;
+    assert_eq!(answer.status, 404, "{answer}");
+    let public = scene.ask(Request::get(&manifest_path("up", PUBLIC, "v1")), None);
+    assert_eq!(public.await.status, 200);
+    scene.cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_that_strangers_provoke_shut_no_login_out() {
+    let scene = asking_scene().await;
+    let failed = faults::error(500, "UNKNOWN", &[]);
+    scene.answer(strangers(&scene), failed);
+    for _ in 0..4 {
+        assert_eq!(scene.tag(None).await.status, 503);
+    }
+    scene.pull(ALICE).await;
+    assert_eq!(scene.tag(Some(BOB)).await.status, 403);
+    assert_eq!(scene.tag(None).await.status, 503);
+    scene.cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upstream_that_cannot_be_reached_is_left_alone_by_all() {
+    let scene = asking_scene().await;
+    scene.pull(ALICE).await;
+    scene.pull(CAROL).await;
+    scene.registry.server().stop().await;
+    let nothing = |n: usize| Request::get(&manifest_path("up", PRIVATE, format!("none{n}")));
+    for n in 0..3 {
+        assert_eq!(scene.ask(nothing(n), Some(ALICE)).await.status, 503);
+    }
+    let carol = scene.ask(nothing(9), Some(CAROL)).await;
+    assert!(
+        carol.text().contains("too often in a row"),
+        "{}",
+        carol.text()
+    );
     scene.cache.check_invariants().await;
 }
