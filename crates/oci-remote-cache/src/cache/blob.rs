@@ -79,9 +79,24 @@ impl Cache {
         wish: Wish,
         deadline: Deadline,
     ) -> Result<BlobAnswer, CacheError> {
-        let visit = &self
-            .enter(grant, Resource::Blob(digest.clone()), deadline)
-            .await?;
+        let what = Resource::Blob(digest.clone());
+        let visit = self.enter(grant, what.clone(), deadline).await?;
+        let answered = self.blob_for(&visit, digest, wish, deadline).await;
+        let Err(error) = answered else {
+            return answered;
+        };
+        let again = self.enter_again(grant, (&visit, what), error, deadline);
+        let own = Box::pin(again).await?;
+        Box::pin(self.blob_for(&own, digest, wish, deadline)).await
+    }
+
+    async fn blob_for(
+        &self,
+        visit: &Visit,
+        digest: &AnyDigest,
+        wish: Wish,
+        deadline: Deadline,
+    ) -> Result<BlobAnswer, CacheError> {
         if visit.may == May::PullCached {
             return self.held_blob(visit, digest).await;
         }
@@ -157,9 +172,23 @@ impl Cache {
         digest: &AnyDigest,
         deadline: Deadline,
     ) -> Result<BlobHead, CacheError> {
-        let visit = &self
-            .enter(grant, Resource::Blob(digest.clone()), deadline)
-            .await?;
+        let what = Resource::Blob(digest.clone());
+        let visit = self.enter(grant, what.clone(), deadline).await?;
+        let answered = self.blob_head_for(&visit, digest, deadline).await;
+        let Err(error) = answered else {
+            return answered;
+        };
+        let again = self.enter_again(grant, (&visit, what), error, deadline);
+        let own = again.await?;
+        self.blob_head_for(&own, digest, deadline).await
+    }
+
+    async fn blob_head_for(
+        &self,
+        visit: &Visit,
+        digest: &AnyDigest,
+        deadline: Deadline,
+    ) -> Result<BlobHead, CacheError> {
         if visit.may == May::PullCached {
             return self.held_blob_head(visit, digest).await;
         }

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use oci::Reference;
 
-use super::Cache;
 use super::access::{Sight, denies, list, no_answer, unknown};
 use super::error::CacheError;
 use super::proofs::Denial;
 use super::revalidate::of_tag;
 use super::visit::Visit;
+use super::{Cache, Shown};
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
 use crate::policy::{Client, ClientLogin, Grant};
@@ -34,8 +34,7 @@ impl Cache {
         }
         let login = grant.client().login.as_ref();
         let own = login.map(|login| Visit::new(grant, Identity::Client(credentials(login))));
-        let proven = own.as_ref().filter(|own| proofs.is_open(&own.visitor()));
-        if let Some(own) = proven {
+        if let Some(own) = own.as_ref().filter(|own| proofs.is_open(&own.visitor())) {
             return Ok(own.clone());
         }
         let refused_for = self.origin(&nobody)?.rules.negative_ttl;
@@ -49,14 +48,54 @@ impl Cache {
                 Err(error) => return Err(error),
             }
         }
-        let Some(own) = own else {
-            return Err(denied(&nobody, Denial::Login));
-        };
-        if let Some(denial) = proofs.denial(&own.visitor(), refused_for) {
+        match own {
+            Some(own) => self.enter_as(own, (resource, ttl, deadline)).await,
+            None => Err(denied(&nobody, Denial::Login)),
+        }
+    }
+
+    async fn enter_as(
+        &self,
+        own: Visit,
+        (resource, ttl, deadline): (Resource, Duration, Deadline),
+    ) -> Result<Visit, CacheError> {
+        let (proofs, visitor) = (&self.inner.proofs, own.visitor());
+        if proofs.is_open(&visitor) {
+            return Ok(own);
+        }
+        let refused_for = self.origin(&own)?.rules.negative_ttl;
+        if let Some(denial) = proofs.denial(&visitor, refused_for) {
             return Err(denied(&own, denial));
         }
         self.show(&own, (resource, ttl, deadline)).await?;
         Ok(own)
+    }
+
+    /// Lets one in with its own login who had been let in as anyone may be, and for whom that was not enough after all: the repository
+    /// was closed to strangers meanwhile, or has nothing for them at the moment. Anybody else gets `error` back.
+    pub(super) async fn enter_again(
+        &self,
+        grant: &Grant,
+        (visit, resource): (&Visit, Resource),
+        error: CacheError,
+        deadline: Deadline,
+    ) -> Result<Visit, CacheError> {
+        let Shown::Proven(ttl) = self.origin(visit)?.shown else {
+            return Err(error);
+        };
+        let login = grant.client().login.as_ref();
+        let Some(login) = login.filter(|_| visit.is_anonymous()) else {
+            return Err(error);
+        };
+        let no_answer = matches!(error, CacheError::Upstream(_));
+        let closed = !self.inner.proofs.is_open(&visit.visitor());
+        if !is_for_strangers(&error) || !(no_answer || closed) {
+            return Err(error);
+        }
+        let own = Visit::new(grant, Identity::Client(credentials(login)));
+        let entered = self.enter_as(own, (resource, ttl, deadline)).await;
+        // A login that is none here does not hide why strangers get nothing.
+        entered.map_err(|refusal| if no_answer { error } else { refusal })
     }
 
     /// Has the upstream say whether it lets this visit in; those who ask meanwhile share the answer.

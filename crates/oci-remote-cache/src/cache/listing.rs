@@ -160,7 +160,23 @@ impl Cache {
         list: List,
         deadline: Deadline,
     ) -> Result<(Arc<Listing>, Verdict), CacheError> {
-        let visit = &self.enter(grant, list.shown_by(), deadline).await?;
+        let what = list.shown_by();
+        let visit = self.enter(grant, what.clone(), deadline).await?;
+        let answered = self.listing_for(&visit, list.clone(), deadline).await;
+        let Err(error) = answered else {
+            return answered;
+        };
+        let again = self.enter_again(grant, (&visit, what), error, deadline);
+        let own = again.await?;
+        self.listing_for(&own, list, deadline).await
+    }
+
+    async fn listing_for(
+        &self,
+        visit: &Visit,
+        list: List,
+        deadline: Deadline,
+    ) -> Result<(Arc<Listing>, Verdict), CacheError> {
         if visit.may == May::PullCached {
             return self.held_listing(visit, list);
         }

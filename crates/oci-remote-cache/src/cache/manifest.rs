@@ -87,9 +87,24 @@ impl Cache {
         wish: &ManifestWish,
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
-        let visit = &self
-            .enter(grant, Resource::Manifest(reference.clone()), deadline)
-            .await?;
+        let what = Resource::Manifest(reference.clone());
+        let visit = self.enter(grant, what.clone(), deadline).await?;
+        let answered = self.manifest_for(&visit, reference, wish, deadline).await;
+        let Err(error) = answered else {
+            return answered;
+        };
+        let again = self.enter_again(grant, (&visit, what), error, deadline);
+        let own = again.await?;
+        self.manifest_for(&own, reference, wish, deadline).await
+    }
+
+    async fn manifest_for(
+        &self,
+        visit: &Visit,
+        reference: &Reference,
+        wish: &ManifestWish,
+        deadline: Deadline,
+    ) -> Result<ManifestAnswer, CacheError> {
         if visit.may == May::PullCached {
             return self.held_manifest(visit, reference, wish).await;
         }

@@ -36,6 +36,10 @@ impl Visit {
         (self.source.clone(), credential)
     }
 
+    pub(super) fn is_anonymous(&self) -> bool {
+        matches!(self.identity, Identity::Anonymous)
+    }
+
     /// Whether the rights are this client's own (or nobody's), and not all clients'.
     pub(super) fn is_personal(&self) -> bool {
         !self.identity.is_configured()

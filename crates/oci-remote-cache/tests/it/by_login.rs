@@ -186,6 +186,13 @@ impl Scene {
         }
     }
 
+    /// What anyone may pull is for one user from now on.
+    pub(crate) fn close_to_all_but(&self, name: &str) {
+        let alone = Bearer::of(&self.tokens).identity(name);
+        self.registry.require(alone);
+        self.tokens.revoke_all();
+    }
+
     /// How often a login was shown to the token service.
     pub(crate) fn logins(&self) -> usize {
         let asked = self.tokens.token_requests();

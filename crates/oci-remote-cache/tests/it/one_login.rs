@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use testbed::cache::manifest_path;
-use testbed::{Exchange, ImageSpec, Kind, Matcher, Request, assert_good, faults};
+use testbed::cache::{blob_path, manifest_path};
+use testbed::{Exchange, Handler, ImageSpec, Kind, Matcher, Request, assert_good, faults};
 use tokio::time::sleep;
 
 use crate::by_login::{ALICE, BOB, CAROL, PRIVATE, PUBLIC, Scene, scene};
@@ -98,7 +98,7 @@ async fn a_tag_that_one_login_is_not_shown_is_not_given_to_it_though_it_is_fresh
     // One tag alone is hidden, and she is let in by the list.
     let (alice, usual) = (scene.is_from("alice"), faults::usual());
     let hidden = faults::error(404, "MANIFEST_UNKNOWN", &[]);
-    let by_login = testbed::Handler::new(move |exchange| {
+    let by_login = Handler::new(move |exchange| {
         if alice(&exchange) {
             hidden.call(exchange)
         } else {
@@ -178,5 +178,70 @@ async fn an_upstream_that_cannot_be_reached_is_left_alone_by_all() {
         "{}",
         carol.text()
     );
+    scene.cache.check_invariants().await;
+}
+
+/// Whoever was let in as anyone may be has a login too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repository_that_closes_to_strangers_is_asked_for_with_the_login_at_once() {
+    let scene = asking_scene().await;
+    let images: Vec<_> = (0..4)
+        .map(|n| {
+            let spec = ImageSpec::new(&format!("lib/closing{n}"), "v1").seed(&n.to_string());
+            scene.registry.put_image(&spec)
+        })
+        .collect();
+    for image in &images {
+        let config = blob_path("up", &image.repo, image.config.digest);
+        let config = scene.ask(Request::get(&config), Some(ALICE)).await;
+        assert_good(&config, &image.config);
+    }
+    assert_eq!(scene.logins(), 0);
+    scene.close_to_all_but("alice");
+    let layer = blob_path("up", &images[1].repo, images[1].layer().digest);
+    for (request, image) in [
+        Request::get(&manifest_path("up", &images[0].repo, "v1")),
+        Request::get(&layer),
+        Request::head(&blob_path("up", &images[2].repo, images[2].layer().digest)),
+        Request::get(&format!("/v2/up/{}/tags/list", images[3].repo)),
+    ]
+    .into_iter()
+    .zip(&images)
+    {
+        let answer = scene.ask(request.clone(), Some(ALICE)).await;
+        assert_eq!(answer.status, 200, "{request:?}: {answer}");
+        let config = blob_path("up", &image.repo, image.config.digest);
+        for (login, status) in [(None, 401), (Some(BOB), 403), (Some(ALICE), 200)] {
+            let answer = scene.ask(Request::get(&config), login).await;
+            assert_eq!(answer.status, status, "{request:?}: {answer}");
+        }
+    }
+    scene.cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_strangers_get_no_more_of_today_is_asked_for_with_the_login() {
+    let scene = asking_scene().await;
+    let public = manifest_path("up", PUBLIC, "v1");
+    let stranger = scene.ask(Request::get(&public), Some(ALICE)).await;
+    assert_eq!(stranger.status, 200);
+    let (strangers, usual) = (strangers(&scene), faults::usual());
+    let limited = faults::error(429, "TOOMANYREQUESTS", &[("Retry-After", "120")]);
+    let by_login = Handler::new(move |exchange| {
+        if strangers(&exchange) {
+            limited.call(exchange)
+        } else {
+            usual.call(exchange)
+        }
+    });
+    scene.registry.script(Kind::Manifest, by_login);
+    let other = ImageSpec::new(PUBLIC, "v2").seed("not held yet");
+    let other = scene.registry.put_image(&other);
+    let asked = Request::get(&manifest_path("up", PUBLIC, "v2"));
+    for login in [None, Some("someone:else-entirely")] {
+        let answer = scene.ask(asked.clone(), login).await;
+        assert_eq!(answer.status, 429, "{login:?}: {answer}");
+    }
+    assert_good(&scene.ask(asked, Some(ALICE)).await, &other.manifest);
     scene.cache.check_invariants().await;
 }
