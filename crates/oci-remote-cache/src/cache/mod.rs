@@ -16,6 +16,7 @@ pub mod manifest;
 mod meaning;
 mod negative;
 pub mod pattern;
+mod places;
 mod proofs;
 mod purge;
 mod revalidate;
