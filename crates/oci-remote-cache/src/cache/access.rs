@@ -17,7 +17,7 @@ use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::Source;
 use crate::policy::{Grant, May};
-use crate::upstream::{Fault, Identity, Method, Resource, UpstreamError};
+use crate::upstream::{Fault, Identity, Method, Mirrors, Resource, UpstreamError};
 
 /// How long it is believed that anyone may pull from a repository.
 const PUBLIC_FOR: Duration = Duration::from_hours(24);
@@ -62,7 +62,12 @@ impl Cache {
             Shown::All => {}
             Shown::Public => self.enter_public(source, resource, deadline).await?,
         }
-        Ok(Visit::new(grant, Identity::Configured))
+        let visit = Visit::new(grant, Identity::Configured);
+        Ok(if self.is_closed(source)? {
+            visit.without_mirrors()
+        } else {
+            visit
+        })
     }
 
     /// Whether a request would be let in without asking the upstream.
@@ -102,6 +107,7 @@ impl Cache {
             source: source.clone(),
             identity: Identity::Anonymous,
             may: May::PullCached,
+            mirrors: Mirrors::LeftOut,
         };
         let (cache, what) = (self.clone(), resource.clone());
         let errand = self

@@ -297,7 +297,6 @@ impl Cache {
         let led_by_another = role == Role::Joined && !joined.is_led_by(&visit.identity);
         match joined.open(deadline).await {
             Ok(Some(open)) => {
-                self.lift(visit, None).await;
                 // Verified means that all is here, though its file may not have its name yet.
                 let verdict = match role {
                     _ if open.is_verified() => Verdict::Hit,
@@ -331,6 +330,11 @@ impl Cache {
         digest: &AnyDigest,
         deadline: Deadline,
     ) -> Result<BlobAnswer, CacheError> {
+        if self.is_suspended(visit)? {
+            // Only the upstream itself can open it again.
+            self.probe(visit, Thing::Blob, digest.clone(), deadline)
+                .await?;
+        }
         let source = &visit.source;
         let ask = BlobAsk {
             upstream: Arc::clone(&self.origin(source)?.upstream),

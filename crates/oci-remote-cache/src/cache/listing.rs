@@ -305,7 +305,7 @@ impl Cache {
                     .await);
             }
         };
-        self.lift(visit, Some(answer.credential())).await;
+        self.lift(visit, answer.allowed()).await;
         let listing = self.read_listing(list, &answer, body);
         let listing = Arc::new(listing.ok_or_else(|| upstream.broken(&ask, "not a list in JSON"))?);
         self.inner.negatives.forget(&of_list(visit, list));

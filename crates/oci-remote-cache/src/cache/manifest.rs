@@ -330,7 +330,7 @@ impl Cache {
                     .await);
             }
         };
-        self.lift(visit, Some(answer.0.credential())).await;
+        self.lift(visit, answer.0.allowed()).await;
         let judged = read_manifest(visit, answer, Some(digest))?;
         Ok(self.keep(visit, judged, None).await)
     }

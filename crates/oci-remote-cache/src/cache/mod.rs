@@ -193,6 +193,7 @@ fn ask(visit: &Visit, resource: Resource, method: Method) -> Ask {
         range: None,
         accept: None,
         mirror: 0,
+        mirrors: visit.mirrors,
         identity: visit.identity.clone(),
     }
 }

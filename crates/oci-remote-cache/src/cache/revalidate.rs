@@ -15,7 +15,7 @@ use super::right::refused;
 use super::visit::Visit;
 use super::{Cache, manifest_ask};
 use crate::deadline::Deadline;
-use crate::names::{CredentialId, Source};
+use crate::names::Source;
 use crate::store::catalog::{Change, TagRecord};
 use crate::upstream::{Answer, Fault, Method, UpstreamError};
 use crate::verdict::Verdict;
@@ -25,7 +25,6 @@ struct Mapping {
     digest: Digest,
     media_type: MediaType,
     size: u64,
-    credential: CredentialId,
 }
 
 impl Cache {
@@ -132,7 +131,10 @@ impl Cache {
             .await
         {
             Ok(answer) => match mapping(&answer) {
-                Some(mapping) => self.mapped(visit, tag, (mapping, record, method)).await,
+                Some(mapping) => {
+                    self.lift(visit, answer.allowed()).await;
+                    self.mapped(visit, tag, (mapping, record, method)).await
+                }
                 None => self.get_tag(visit, tag).await,
             },
             Err(error) if head_is_not_final(&error) => self.get_tag(visit, tag).await,
@@ -147,7 +149,6 @@ impl Cache {
         tag: &Tag,
         (mapping, before, method): (Mapping, Option<TagRecord>, Method),
     ) -> Result<Fetched, CacheError> {
-        self.lift(visit, Some(&mapping.credential)).await;
         let source = &visit.source;
         let same = before
             .as_ref()
@@ -215,7 +216,7 @@ impl Cache {
             Ok(answer) => answer,
             Err(error) => return Err(self.tag_refused(visit, tag, error).await),
         };
-        self.lift(visit, Some(answer.0.credential())).await;
+        self.lift(visit, answer.0.allowed()).await;
         let judged = read_manifest(visit, answer, None)?;
         self.inner.negatives.forget(&of_tag(visit, tag));
         Ok(self
@@ -289,6 +290,5 @@ fn mapping(answer: &Answer) -> Option<Mapping> {
         digest,
         media_type,
         size,
-        credential: answer.credential().clone(),
     })
 }

@@ -182,7 +182,7 @@ impl Cache {
             .await
         {
             Ok(answer) => {
-                self.lift(visit, Some(answer.credential())).await;
+                self.lift(visit, answer.allowed()).await;
                 Ok(Probe {
                     size: answer.content_length(),
                     credential: answer.credential().clone(),
@@ -206,16 +206,14 @@ impl Cache {
         Ok(self.inner.store.catalog().is_suspended(source, &credential))
     }
 
-    /// The upstream has answered 200 for this repository, to `shown` where that is known: it is open again, and nothing needs to be
-    /// fetched anew.
-    pub(super) async fn lift(&self, visit: &Visit, shown: Option<&CredentialId>) {
+    /// The upstream itself, and no mirror, has answered 200 for this repository to the credential `allowed`: it is open again, and nothing
+    /// needs to be fetched anew.
+    pub(super) async fn lift(&self, visit: &Visit, allowed: Option<&CredentialId>) {
         let source = &visit.source;
-        if visit.is_personal() {
+        let Some(credential) = allowed.filter(|_| !visit.is_personal()) else {
             return;
-        }
-        if let Some(credential) = shown {
-            self.inner.logins.accepted(source, credential);
-        }
+        };
+        self.inner.logins.accepted(source, credential);
         let Ok(true) = self.is_closed(source) else {
             return;
         };

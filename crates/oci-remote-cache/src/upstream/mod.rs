@@ -71,7 +71,7 @@ pub use self::logins::{LoginFile, Logins};
 pub use self::meter::Strain;
 pub use self::offline::{Offline, Switch};
 pub use self::proxy::{Proxy, ProxyError};
-pub use self::request::{Ask, Method, Resource};
+pub use self::request::{Ask, Method, Mirrors, Resource};
 pub use self::trust::system_roots;
 
 /// What an operator configured for one upstream.

@@ -72,3 +72,5 @@ mod tokens;
 mod unbroken;
 #[cfg(test)]
 mod upstream_auth;
+#[cfg(test)]
+mod whose_word;
