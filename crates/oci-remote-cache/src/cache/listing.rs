@@ -92,13 +92,20 @@ pub(super) struct Listings {
 }
 
 impl Weighter<ListingKey, Arc<Listing>> for ByLength {
-    fn weight(&self, _key: &ListingKey, listing: &Arc<Listing>) -> u64 {
+    fn weight(&self, (source, list): &ListingKey, listing: &Arc<Listing>) -> u64 {
         let bytes = match &listing.content {
             Content::Tags(tags) => tags.iter().map(|tag| tag.len() + 24).sum(),
             Content::Referrers { index, .. } => index.len(),
         };
-        bytes as u64 + 512
+        let next = listing.next.as_ref().map_or(0, length);
+        (bytes + next + source.repository.as_str().len() + list.length()) as u64 + 512
     }
+}
+
+/// Clients say where a page begins, and upstreams where the next one does, in as many bytes as a request line takes.
+fn length(page: &Page) -> usize {
+    let texts = [page.last.as_ref(), page.next.as_ref()];
+    texts.into_iter().flatten().map(String::len).sum()
 }
 
 impl Listings {
@@ -110,6 +117,23 @@ impl Listings {
 }
 
 impl List {
+    fn length(&self) -> usize {
+        match self {
+            Self::Tags(page) => length(page),
+            Self::Referrers {
+                digest,
+                artifact_type,
+                page,
+            } => {
+                let text = match digest {
+                    AnyDigest::Known(_) => 0,
+                    AnyDigest::Foreign(digest) => digest.as_str().len(),
+                };
+                text + artifact_type.as_ref().map_or(0, String::len) + length(page)
+            }
+        }
+    }
+
     pub(super) fn thing(&self) -> Thing {
         match self {
             Self::Tags(_) => Thing::Tags,
@@ -396,6 +420,41 @@ fn next_page(link: &str) -> Option<Page> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::names::UpstreamId;
+
+    #[test]
+    fn a_page_weighs_what_it_takes_with_its_name() {
+        let text = "x".repeat(10_000);
+        let page = || Page {
+            last: Some(text.clone()),
+            ..Page::default()
+        };
+        let source = Source::new(UpstreamId::new("up"), "a".parse().unwrap());
+        let listing = |next| {
+            let content = Content::Tags(Vec::new());
+            let checked = Timestamp(0);
+            Arc::new(Listing {
+                content,
+                next,
+                checked,
+            })
+        };
+        let weigh = |list, next| ByLength.weight(&(source.clone(), list), &listing(next));
+        let light = weigh(List::Tags(Page::default()), None);
+        let digest = AnyDigest::Known(oci::Digest::of(oci::Algorithm::Sha256, b""));
+        let referrers = List::Referrers {
+            digest,
+            artifact_type: Some(text.clone()),
+            page: page(),
+        };
+        for (heavy, by) in [
+            (weigh(List::Tags(page()), None), 10_000),
+            (weigh(List::Tags(Page::default()), Some(page())), 10_000),
+            (weigh(referrers, None), 20_000),
+        ] {
+            assert_eq!(heavy, light + by);
+        }
+    }
 
     #[test]
     fn only_the_parameters_of_a_link_are_taken() {
