@@ -241,14 +241,9 @@ impl Cache {
             .probe(visit, Thing::Blob, digest.clone(), deadline)
             .await?;
         Ok(BlobHead {
-            size: probe.size.or_else(|| self.told_size(&known)),
+            size: probe.size,
             verdict: Verdict::Miss,
         })
-    }
-
-    /// The size that a manifest told of.
-    fn told_size(&self, digest: &Digest) -> Option<u64> {
-        self.inner.told.get(digest).map(|told| told.size)
     }
 
     fn wanted(

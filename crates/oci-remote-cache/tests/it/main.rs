@@ -61,6 +61,8 @@ mod serving;
 #[cfg(test)]
 mod shares;
 #[cfg(test)]
+mod sizes;
+#[cfg(test)]
 mod stage;
 #[cfg(test)]
 mod start;

@@ -48,10 +48,11 @@ pub(super) async fn open(
     if size.is_some_and(|size| size > fills.store.max_blob()) {
         return alone(Why::TooLarge, stream, place);
     }
-    let resumed = kept.is_some();
-    let Some((spool, reservation)) = make_spool(fill, fills, kept, size).await else {
+    let Some((spool, reservation)) = make_spool(fill, fills, kept.clone(), size).await else {
         return alone(Why::Disk, stream, place);
     };
+    // Pieces of a blob of another size are not among the bytes, and not to blame for them.
+    let resumed = kept.is_some_and(|kept| Arc::ptr_eq(&kept, &spool));
     fill.set(|progress| {
         progress.size = size;
         progress.spool = Some(Arc::clone(&spool));
