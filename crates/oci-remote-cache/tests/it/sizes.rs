@@ -1,17 +1,24 @@
 //! Sizes that an upstream does not tell, or tells wrongly.
 
+use std::fmt::Write as _;
+use std::fs::{self, File};
 use std::time::Duration;
 
 use bytes::Bytes;
 use oci::OCI_MANIFEST;
 use serde_json::json;
 use testbed::cache::blob_path;
-use testbed::{Content, Handler, Kind, Matcher, Request, ServeOptions, eventually, faults};
-use tokio::time::sleep;
+use testbed::{
+    Content, Handler, Kind, Matcher, Registry, Request, ServeOptions, Upstream, eventually, faults,
+};
+use tokio::time::{Instant, sleep};
 
-use crate::stage::{AFTER_A_FAILURE, REPO, assert_refused, up, up_as};
+use crate::stage::{REPO, assert_refused, cache, up, up_as};
 
 const MIB: usize = 1 << 20;
+
+/// A failure is shared for half a second, and an upstream that failed is left alone for a second.
+const LATER: Duration = Duration::from_millis(1500);
 
 /// A HEAD is answered without a length, a GET in the usual way or in chunks.
 fn without_length(get: Handler) -> Handler {
@@ -94,9 +101,9 @@ async fn pieces_of_another_size_are_not_blamed_for_wrong_bytes() {
     let broken = cache.send(Request::get(&path)).await;
     assert!(!broken.is_whole(), "{broken}");
     let parked = cache.cache_dir().join("parked");
-    let kept = || std::fs::read_dir(&parked).is_ok_and(|files| files.count() > 0);
+    let kept = || fs::read_dir(&parked).is_ok_and(|files| files.count() > 0);
     assert!(eventually(Duration::from_secs(5), kept).await);
-    sleep(AFTER_A_FAILURE).await;
+    sleep(LATER).await;
     registry.clear_scripts();
     let other = ServeOptions::new().data(wrong(36 * MIB));
     registry.script(gets(), faults::serve(&blob, other));
@@ -106,4 +113,57 @@ async fn pieces_of_another_size_are_not_blamed_for_wrong_bytes() {
     assert_refused(&cache.send(Request::get(&path)).await, &[502]);
     assert_eq!(registry.count(gets()), asked, "the failure is shared");
     cache.check_invariants().await;
+}
+
+/// Reading back what was kept of a very large blob takes minutes: headers and first bytes wait for none of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_kept_of_a_large_blob_holds_up_no_answer() {
+    const SIZE: u64 = 64 << 30;
+    const PIECE: u64 = 4 << 20;
+    let registry = Registry::start().await;
+    let upstream = Upstream::new("up", registry.url());
+    let builder = cache().max_size("400GiB");
+    let cache = builder.upstream(upstream).start().await;
+    cache.terminate().await;
+    // Of the blob all but the first piece is here: zeros, which take no room.
+    let digest = Content::blob(1, "never whole").digest;
+    let key = crc32(b"up");
+    let file = cache
+        .cache_dir()
+        .join(format!("parked/sha256-{}-{key:08x}", digest.hex()));
+    let sparse = File::create(&file).expect("a file");
+    sparse.set_len(SIZE).expect("a sparse file");
+    let sum = crc32(&vec![0; usize::try_from(PIECE).unwrap()]);
+    let mut list = format!("oci-remote-cache-pieces-1 {SIZE} up\n");
+    for index in 1..SIZE / PIECE {
+        writeln!(list, "{index} {sum:08x}").expect("a line");
+    }
+    fs::write(file.with_extension("pieces"), list).expect("a list");
+    let piece = Bytes::from(vec![1; usize::try_from(PIECE).unwrap()]);
+    let range = format!("bytes 0-{}/{SIZE}", PIECE - 1);
+    let first = faults::status(206, &[("Content-Range", &range)], piece);
+    registry.script((Kind::Blob, "GET"), first);
+    cache.restart().await;
+    let began = Instant::now();
+    let client = Request::get(&blob_path("up", REPO, digest)).open(cache.port());
+    let mut client = client.await.expect("a head");
+    assert_eq!(client.response.status, 200, "{}", client.response);
+    assert!(client.read(3 * PIECE).await, "{}", client.response);
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    let asked = registry.entries((Kind::Blob, "GET"));
+    let ranges: Vec<_> = asked.iter().map(|entry| entry.header("range")).collect();
+    assert_eq!(ranges, [Some("bytes=0-4194303")], "nothing comes twice");
+    client.abort();
+    cache.terminate().await;
+    assert!(file.exists(), "it is kept on");
+}
+
+/// The checksum of the list of pieces, bit by bit.
+fn crc32(bytes: &[u8]) -> u32 {
+    let each = |crc: u32, byte: &u8| {
+        let shifted = |crc: u32, _| (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg());
+        (0..8).fold(crc ^ u32::from(*byte), shifted)
+    };
+    !bytes.iter().fold(!0, each)
 }
