@@ -63,7 +63,8 @@ impl Cache {
             Shown::Public => self.enter_public(source, resource, deadline).await?,
         }
         let visit = Visit::new(grant, Identity::Configured);
-        Ok(if self.is_closed(source)? {
+        let mirrored = self.origin(source)?.upstream.places() > 1;
+        Ok(if mirrored && self.is_closed(source)? {
             visit.without_mirrors()
         } else {
             visit

@@ -179,8 +179,8 @@ impl Cache {
             return answered;
         };
         let again = self.enter_again(grant, (&visit, what), error, deadline);
-        let own = again.await?;
-        self.blob_head_for(&own, digest, deadline).await
+        let own = Box::pin(again).await?;
+        Box::pin(self.blob_head_for(&own, digest, deadline)).await
     }
 
     async fn blob_head_for(

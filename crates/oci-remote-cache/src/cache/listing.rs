@@ -191,8 +191,8 @@ impl Cache {
             return answered;
         };
         let again = self.enter_again(grant, (&visit, what), error, deadline);
-        let own = again.await?;
-        self.listing_for(&own, list, deadline).await
+        let own = Box::pin(again).await?;
+        Box::pin(self.listing_for(&own, list, deadline)).await
     }
 
     async fn listing_for(

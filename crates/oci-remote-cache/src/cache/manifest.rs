@@ -11,6 +11,7 @@ use oci::{AnyDigest, Digest, MANIFEST_LIMIT, ManifestView, MediaType, Reference,
 
 use super::error::{CacheError, Thing};
 use super::freshness::{Fallback, Freshness, Instead, Meanwhile};
+use super::revalidate::tag_record;
 use super::right::{Claim, refused};
 use super::visit::Visit;
 use super::{Cache, all_of, manifest_ask};
@@ -94,8 +95,8 @@ impl Cache {
             return answered;
         };
         let again = self.enter_again(grant, (&visit, what), error, deadline);
-        let own = again.await?;
-        self.manifest_for(&own, reference, wish, deadline).await
+        let own = Box::pin(again).await?;
+        Box::pin(self.manifest_for(&own, reference, wish, deadline)).await
     }
 
     async fn manifest_for(
@@ -586,24 +587,5 @@ pub(super) fn read_manifest(
             body,
             credential,
         }),
-    }
-}
-
-/// A tag's mapping as seen now.
-pub(super) fn tag_record(
-    source: &Source,
-    tag: &Tag,
-    (digest, media_type, size): (Digest, MediaType, u64),
-    checked: Timestamp,
-) -> TagRecord {
-    TagRecord {
-        source: source.clone(),
-        tag: tag.clone(),
-        digest,
-        media_type,
-        size,
-        checked,
-        first_seen: checked,
-        suspended: false,
     }
 }

@@ -9,11 +9,12 @@ use oci::{AnyDigest, Digest, MANIFEST_LIMIT, MediaType, Reference, Tag};
 
 use super::error::{CacheError, Thing};
 use super::freshness::{Circumstances, Freshness, Known, Reach, Word, judge};
-use super::manifest::{Fetched, read_manifest, tag_record};
+use super::manifest::{Fetched, read_manifest};
 use super::negative::Question;
 use super::right::refused;
 use super::visit::Visit;
 use super::{Cache, manifest_ask};
+use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::Source;
 use crate::store::catalog::{Change, TagRecord};
@@ -262,6 +263,25 @@ impl Cache {
         {
             self.store_fault(&error);
         }
+    }
+}
+
+/// A tag's mapping as seen now.
+pub(super) fn tag_record(
+    source: &Source,
+    tag: &Tag,
+    (digest, media_type, size): (Digest, MediaType, u64),
+    checked: Timestamp,
+) -> TagRecord {
+    TagRecord {
+        source: source.clone(),
+        tag: tag.clone(),
+        digest,
+        media_type,
+        size,
+        checked,
+        first_seen: checked,
+        suspended: false,
     }
 }
 
