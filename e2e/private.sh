@@ -73,14 +73,14 @@ own_certificate() {
 
 closed_cache() {
   own_certificate || die "openssl made no certificate"
-  { htpasswd -Bbn -C 5 alice wonderland; htpasswd -Bbn -C 5 bob builder; } | grep . >"$E2E_WORK/clients"
+  { htpasswd -Bbn -C 5 alice wonderland; htpasswd -Bbn -C 5 bob builder; htpasswd -Bbn -C 5 carol sesame-street; } | grep . >"$E2E_WORK/clients"
   cache_with 0.0.0.0 https <<TOML
 [tls]
 cert_file = "$E2E_WORK/tls.crt"
 key_file = "$E2E_WORK/tls.key"
 [clients]
 htpasswd = "$E2E_WORK/clients"
-rules = ["alice pull+purge token.test/**", "bob pull token.test/$PUBLIC_REPO"]
+rules = ["alice pull+purge token.test/**", "bob pull token.test/$PUBLIC_REPO", "carol pull-cached token.test/$PUBLIC_REPO"]
 $(upstream_section "$(by_file)")
 TOML
   check "clients: podman, alice, the private image" podman_pull "$PRIVATE_REPO:v1" --cert-dir "$CERTS" --creds alice:wonderland
@@ -102,7 +102,46 @@ taken_back() {
   check "clients: skopeo delete, alice" delete alice:wonderland "$PUBLIC_REPO:v1"
   same "clients: the upstream heard nothing of it" "$(grep -c DELETE "$E2E_WORK/token.log")" 0
   check "clients: podman, bob, the public image again" podman_pull "$PUBLIC_REPO:v1" --cert-dir "$CERTS" --creds bob:builder
+  if command -v crane >/dev/null; then taken_back_by crane crane_delete; else skip "clients: crane is not installed"; fi
+  if command -v regctl >/dev/null; then
+    taken_back_by "regctl tag" regctl_untag
+    taken_back_by "regctl manifest" regctl_delete
+  else
+    skip "clients: regctl is not installed"
+  fi
+  same "clients: the upstream heard nothing of all that" "$(grep -c DELETE "$E2E_WORK/token.log")" 0
 }
+taken_back_by() { # WHAT COMMAND: called with user, password and image, of which all is held
+  local image="$PUBLIC_REPO:v1" one
+  one="$PUBLIC_REPO@$(index_digest v1)"
+  case $1 in *manifest) image=$one ;; esac
+  refuses "clients: $1 delete, bob" "$2" bob builder "$image"
+  check "clients: $1 delete, bob: it is still held" curl_held "$image"
+  check "clients: $1 delete, alice" "$2" alice wonderland "$image"
+  refuses "clients: $1 delete, alice: it is held no longer" curl_held "$image"
+  check "clients: podman, bob, the public image after $1" podman_pull "$PUBLIC_REPO:v1" --cert-dir "$CERTS" --creds bob:builder
+}
+# Carol gets only what is held, and asks for nothing.
+curl_held() { # IMAGE
+  local name=${1%%[:@]*}
+  curl -sf -o /dev/null --cacert "$CERTS/ca.crt" -u carol:sesame-street -H 'Accept: */*' \
+    "https://$CACHE/v2/token.test/$name/manifests/${1#"$name"[:@]}"
+}
+crane_delete() { # USER PASSWORD IMAGE
+  export DOCKER_CONFIG=$E2E_WORK/crane-$1 SSL_CERT_FILE=$CERTS/ca.crt
+  crane auth login -u "$1" -p "$2" "$CACHE" && crane delete "$CACHE/token.test/$3"
+  local status=$?
+  unset DOCKER_CONFIG SSL_CERT_FILE
+  return "$status"
+}
+regctl_as() { # USER PASSWORD ARGS...
+  local REGCTL_CONFIG=$E2E_WORK/regctl-$1.json
+  export REGCTL_CONFIG
+  regctl registry set "$CACHE" --tls enabled --cacert "$(cat "$CERTS/ca.crt")" --skip-check &&
+    regctl registry login "$CACHE" -u "$1" -p "$2" --skip-check && regctl "${@:3}"
+}
+regctl_untag() { regctl_as "$1" "$2" tag rm "$CACHE/token.test/$3"; }
+regctl_delete() { regctl_as "$1" "$2" manifest delete "$CACHE/token.test/$3"; }
 delete() { skopeo delete --cert-dir "$CERTS" --creds "$1" "docker://$CACHE/token.test/$2"; } # USER:PASSWORD IMAGE
 
 closed_docker() {

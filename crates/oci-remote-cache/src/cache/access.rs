@@ -17,7 +17,7 @@ use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::names::Source;
 use crate::policy::{Grant, May};
-use crate::upstream::{Fault, Identity, Method, Resource, UpstreamError};
+use crate::upstream::{Fault, Identity, Method, Mirrors, Resource, UpstreamError};
 
 /// How long it is believed that anyone may pull from a repository.
 const PUBLIC_FOR: Duration = Duration::from_hours(24);
@@ -38,6 +38,8 @@ pub enum Shown {
 pub(super) enum Sight {
     /// Something: it is open.
     Open,
+    /// Its list of tags, but not what was asked for.
+    OthersOnly,
     /// An empty list, which says nothing.
     Nothing,
 }
@@ -60,7 +62,13 @@ impl Cache {
             Shown::All => {}
             Shown::Public => self.enter_public(source, resource, deadline).await?,
         }
-        Ok(Visit::new(grant, Identity::Configured))
+        let visit = Visit::new(grant, Identity::Configured);
+        let mirrored = self.origin(source)?.upstream.places() > 1;
+        Ok(if mirrored && self.is_closed(source)? {
+            visit.without_mirrors()
+        } else {
+            visit
+        })
     }
 
     /// Whether a request would be let in without asking the upstream.
@@ -100,6 +108,7 @@ impl Cache {
             source: source.clone(),
             identity: Identity::Anonymous,
             may: May::PullCached,
+            mirrors: Mirrors::LeftOut,
         };
         let (cache, what) = (self.clone(), resource.clone());
         let errand = self
@@ -144,7 +153,8 @@ impl Cache {
         };
         // Where the list is refused or missing too, the first answer is what the client is told.
         match (list(origin, visit).await, first) {
-            (Ok(Sight::Open), _) => Ok(Sight::Open),
+            (Ok(Sight::Open), Some(first)) if is_missing(&first) => Ok(Sight::OthersOnly),
+            (Ok(Sight::Open | Sight::OthersOnly), _) => Ok(Sight::Open),
             (Err(second), Some(_)) if denies(&second) => Err(second),
             (Ok(Sight::Nothing) | Err(_), Some(first)) => Err(first),
             (listed, None) => listed,
@@ -157,7 +167,7 @@ impl Cache {
         (resource, asked): (Resource, Result<Sight, UpstreamError>),
     ) -> Result<(), CacheError> {
         let error = match asked {
-            Ok(Sight::Open) => {
+            Ok(Sight::Open | Sight::OthersOnly) => {
                 self.note_public(source, Some(self.inner.clock.now())).await;
                 return Ok(());
             }
@@ -183,7 +193,7 @@ impl Cache {
 }
 
 /// Looks whether the repository's list of tags names any.
-async fn list(origin: &Origin, visit: &Visit) -> Result<Sight, UpstreamError> {
+pub(super) async fn list(origin: &Origin, visit: &Visit) -> Result<Sight, UpstreamError> {
     let one = Page {
         n: Some(1),
         ..Page::default()
@@ -206,7 +216,7 @@ fn is_believed(since: Timestamp, now: Timestamp) -> bool {
 
 /// What a refusal that is none of rights means.
 pub(super) fn no_answer(source: &Source, resource: &Resource, error: UpstreamError) -> CacheError {
-    if matches!(error.fault(), Fault::NotFound { .. }) {
+    if is_missing(&error) {
         return unknown(source, resource);
     }
     CacheError::Upstream(Arc::new(error))
@@ -221,6 +231,10 @@ pub(super) fn unknown(source: &Source, resource: &Resource) -> CacheError {
 
 pub(super) fn denies(error: &UpstreamError) -> bool {
     matches!(error.fault(), Fault::Denied { .. })
+}
+
+fn is_missing(error: &UpstreamError) -> bool {
+    matches!(error.fault(), Fault::NotFound { .. })
 }
 
 fn says_nothing_of_rights(error: &UpstreamError) -> bool {

@@ -79,9 +79,24 @@ impl Cache {
         wish: Wish,
         deadline: Deadline,
     ) -> Result<BlobAnswer, CacheError> {
-        let visit = &self
-            .enter(grant, Resource::Blob(digest.clone()), deadline)
-            .await?;
+        let what = Resource::Blob(digest.clone());
+        let visit = self.enter(grant, what.clone(), deadline).await?;
+        let answered = self.blob_for(&visit, digest, wish, deadline).await;
+        let Err(error) = answered else {
+            return answered;
+        };
+        let again = self.enter_again(grant, (&visit, what), error, deadline);
+        let own = Box::pin(again).await?;
+        Box::pin(self.blob_for(&own, digest, wish, deadline)).await
+    }
+
+    async fn blob_for(
+        &self,
+        visit: &Visit,
+        digest: &AnyDigest,
+        wish: Wish,
+        deadline: Deadline,
+    ) -> Result<BlobAnswer, CacheError> {
         if visit.may == May::PullCached {
             return self.held_blob(visit, digest).await;
         }
@@ -157,9 +172,23 @@ impl Cache {
         digest: &AnyDigest,
         deadline: Deadline,
     ) -> Result<BlobHead, CacheError> {
-        let visit = &self
-            .enter(grant, Resource::Blob(digest.clone()), deadline)
-            .await?;
+        let what = Resource::Blob(digest.clone());
+        let visit = self.enter(grant, what.clone(), deadline).await?;
+        let answered = self.blob_head_for(&visit, digest, deadline).await;
+        let Err(error) = answered else {
+            return answered;
+        };
+        let again = self.enter_again(grant, (&visit, what), error, deadline);
+        let own = Box::pin(again).await?;
+        Box::pin(self.blob_head_for(&own, digest, deadline)).await
+    }
+
+    async fn blob_head_for(
+        &self,
+        visit: &Visit,
+        digest: &AnyDigest,
+        deadline: Deadline,
+    ) -> Result<BlobHead, CacheError> {
         if visit.may == May::PullCached {
             return self.held_blob_head(visit, digest).await;
         }
@@ -212,14 +241,9 @@ impl Cache {
             .probe(visit, Thing::Blob, digest.clone(), deadline)
             .await?;
         Ok(BlobHead {
-            size: probe.size.or_else(|| self.told_size(&known)),
+            size: probe.size,
             verdict: Verdict::Miss,
         })
-    }
-
-    /// The size that a manifest told of.
-    fn told_size(&self, digest: &Digest) -> Option<u64> {
-        self.inner.told.get(digest).map(|told| told.size)
     }
 
     fn wanted(
@@ -268,7 +292,6 @@ impl Cache {
         let led_by_another = role == Role::Joined && !joined.is_led_by(&visit.identity);
         match joined.open(deadline).await {
             Ok(Some(open)) => {
-                self.lift(visit, None).await;
                 // Verified means that all is here, though its file may not have its name yet.
                 let verdict = match role {
                     _ if open.is_verified() => Verdict::Hit,
@@ -302,6 +325,11 @@ impl Cache {
         digest: &AnyDigest,
         deadline: Deadline,
     ) -> Result<BlobAnswer, CacheError> {
+        if self.is_suspended(visit)? {
+            // Only the upstream itself can open it again.
+            self.probe(visit, Thing::Blob, digest.clone(), deadline)
+                .await?;
+        }
         let source = &visit.source;
         let ask = BlobAsk {
             upstream: Arc::clone(&self.origin(source)?.upstream),

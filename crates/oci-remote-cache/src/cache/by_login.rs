@@ -7,11 +7,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::Cache;
-use super::access::{Sight, denies, no_answer, unknown};
+use oci::Reference;
+
+use super::access::{Sight, denies, list, no_answer, unknown};
 use super::error::CacheError;
 use super::proofs::Denial;
+use super::revalidate::of_tag;
 use super::visit::Visit;
+use super::{Cache, Shown};
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
 use crate::policy::{Client, ClientLogin, Grant};
@@ -31,8 +34,7 @@ impl Cache {
         }
         let login = grant.client().login.as_ref();
         let own = login.map(|login| Visit::new(grant, Identity::Client(credentials(login))));
-        let proven = own.as_ref().filter(|own| proofs.is_open(&own.visitor()));
-        if let Some(own) = proven {
+        if let Some(own) = own.as_ref().filter(|own| proofs.is_open(&own.visitor())) {
             return Ok(own.clone());
         }
         let refused_for = self.origin(&nobody)?.rules.negative_ttl;
@@ -46,14 +48,54 @@ impl Cache {
                 Err(error) => return Err(error),
             }
         }
-        let Some(own) = own else {
-            return Err(denied(&nobody, Denial::Login));
-        };
-        if let Some(denial) = proofs.denial(&own.visitor(), refused_for) {
+        match own {
+            Some(own) => self.enter_as(own, (resource, ttl, deadline)).await,
+            None => Err(denied(&nobody, Denial::Login)),
+        }
+    }
+
+    async fn enter_as(
+        &self,
+        own: Visit,
+        (resource, ttl, deadline): (Resource, Duration, Deadline),
+    ) -> Result<Visit, CacheError> {
+        let (proofs, visitor) = (&self.inner.proofs, own.visitor());
+        if proofs.is_open(&visitor) {
+            return Ok(own);
+        }
+        let refused_for = self.origin(&own)?.rules.negative_ttl;
+        if let Some(denial) = proofs.denial(&visitor, refused_for) {
             return Err(denied(&own, denial));
         }
         self.show(&own, (resource, ttl, deadline)).await?;
         Ok(own)
+    }
+
+    /// Lets one in with its own login who had been let in as anyone may be, and for whom that was not enough after all: the repository
+    /// was closed to strangers meanwhile, or has nothing for them at the moment. Anybody else gets `error` back.
+    pub(super) async fn enter_again(
+        &self,
+        grant: &Grant,
+        (visit, resource): (&Visit, Resource),
+        error: CacheError,
+        deadline: Deadline,
+    ) -> Result<Visit, CacheError> {
+        let Shown::Proven(ttl) = self.origin(visit)?.shown else {
+            return Err(error);
+        };
+        let login = grant.client().login.as_ref();
+        let Some(login) = login.filter(|_| visit.is_anonymous()) else {
+            return Err(error);
+        };
+        let no_answer = matches!(error, CacheError::Upstream(_));
+        let closed = !self.inner.proofs.is_open(&visit.visitor());
+        if !is_for_strangers(&error) || !(no_answer || closed) {
+            return Err(error);
+        }
+        let own = Visit::new(grant, Identity::Client(credentials(login)));
+        let entered = self.enter_as(own, (resource, ttl, deadline)).await;
+        // A login that is none here does not hide why strangers get nothing.
+        entered.map_err(|refusal| if no_answer { error } else { refusal })
     }
 
     /// Has the upstream say whether it lets this visit in; those who ask meanwhile share the answer.
@@ -99,7 +141,10 @@ impl Cache {
         }
         let asked = self.knock(visit, resource).await;
         match asked {
-            Ok(Sight::Open) => {
+            Ok(sight @ (Sight::Open | Sight::OthersOnly)) => {
+                if sight == Sight::OthersOnly {
+                    self.hide(visit, resource);
+                }
                 proofs.prove(visitor, ttl);
                 Ok(())
             }
@@ -127,6 +172,30 @@ impl Cache {
         denied(visit, denial)
     }
 
+    /// A visitor is told that something is not there which is held. Registries hide a whole repository so: the visitor's proof for it is
+    /// over, unless its list of tags is still shown. Returns the refusal, where there is one.
+    pub(super) async fn doubt_proof(&self, visit: &Visit) -> Option<CacheError> {
+        let origin = self.origin(visit).ok()?;
+        match list(origin, visit).await {
+            Ok(Sight::Open | Sight::OthersOnly) => None,
+            Err(error) if denies(&error) => Some(self.deny(visit, refused(&error))),
+            Ok(Sight::Nothing) | Err(_) => {
+                tracing::info!(source = %visit.source, "a client is no longer shown what was open to it");
+                self.inner.proofs.end(&visit.visitor());
+                None
+            }
+        }
+    }
+
+    /// The tag was not shown to this visitor at the door: one that is held is none for it.
+    fn hide(&self, visit: &Visit, resource: &Resource) {
+        if let Resource::Manifest(Reference::Tag(tag)) = resource
+            && self.tag_record(visit, tag).is_some()
+        {
+            self.inner.negatives.hide(of_tag(visit, tag));
+        }
+    }
+
     /// Whether the repository was shown to be open to this client, or to anyone. Nobody is asked.
     pub(super) fn is_proven(&self, source: &Source, client: &Client) -> bool {
         let mut names = vec![CredentialId::anonymous()];
@@ -139,10 +208,13 @@ impl Cache {
 }
 
 /// Whether the upstream may say something else to one whom it knows: it refuses strangers, hides from them that a repository is there,
-/// or has given them all that it gives in a while.
+/// has given them all that it gives in a while, or fails when they ask.
 fn is_for_strangers(error: &CacheError) -> bool {
     if let CacheError::Upstream(error) = error {
-        return matches!(error.fault(), Fault::RateLimited { .. });
+        return matches!(
+            error.fault(),
+            Fault::RateLimited { .. } | Fault::BreakerOpen { .. } | Fault::Status(500..)
+        );
     }
     matches!(
         error,

@@ -88,7 +88,7 @@ impl Cache {
         let source = &visit.source;
         let thing = list.thing();
         self.is_open(visit)?;
-        let held = self.known_page(source, list);
+        let held = self.known_page(visit, list);
         let listing = held.ok_or_else(|| not_held(source, thing))?;
         let fresh = self.age(&listing) < self.origin(source)?.rules.tag_ttl;
         let verdict = if fresh {

@@ -13,6 +13,7 @@ use quick_cache::sync::Cache as Memory;
 use serde::Deserialize;
 
 use super::error::{CacheError, Thing};
+use super::negative::Question;
 use super::right::refused;
 use super::single_flight::Role;
 use super::visit::Visit;
@@ -91,13 +92,20 @@ pub(super) struct Listings {
 }
 
 impl Weighter<ListingKey, Arc<Listing>> for ByLength {
-    fn weight(&self, _key: &ListingKey, listing: &Arc<Listing>) -> u64 {
+    fn weight(&self, (source, list): &ListingKey, listing: &Arc<Listing>) -> u64 {
         let bytes = match &listing.content {
             Content::Tags(tags) => tags.iter().map(|tag| tag.len() + 24).sum(),
             Content::Referrers { index, .. } => index.len(),
         };
-        bytes as u64 + 512
+        let next = listing.next.as_ref().map_or(0, length);
+        (bytes + next + source.repository.as_str().len() + list.length()) as u64 + 512
     }
+}
+
+/// Clients say where a page begins, and upstreams where the next one does, in as many bytes as a request line takes.
+fn length(page: &Page) -> usize {
+    let texts = [page.last.as_ref(), page.next.as_ref()];
+    texts.into_iter().flatten().map(String::len).sum()
 }
 
 impl Listings {
@@ -109,6 +117,23 @@ impl Listings {
 }
 
 impl List {
+    fn length(&self) -> usize {
+        match self {
+            Self::Tags(page) => length(page),
+            Self::Referrers {
+                digest,
+                artifact_type,
+                page,
+            } => {
+                let text = match digest {
+                    AnyDigest::Known(_) => 0,
+                    AnyDigest::Foreign(digest) => digest.as_str().len(),
+                };
+                text + artifact_type.as_ref().map_or(0, String::len) + length(page)
+            }
+        }
+    }
+
     pub(super) fn thing(&self) -> Thing {
         match self {
             Self::Tags(_) => Thing::Tags,
@@ -159,12 +184,29 @@ impl Cache {
         list: List,
         deadline: Deadline,
     ) -> Result<(Arc<Listing>, Verdict), CacheError> {
-        let visit = &self.enter(grant, list.shown_by(), deadline).await?;
+        let what = list.shown_by();
+        let visit = self.enter(grant, what.clone(), deadline).await?;
+        let answered = self.listing_for(&visit, list.clone(), deadline).await;
+        let Err(error) = answered else {
+            return answered;
+        };
+        let again = self.enter_again(grant, (&visit, what), error, deadline);
+        let own = Box::pin(again).await?;
+        Box::pin(self.listing_for(&own, list, deadline)).await
+    }
+
+    async fn listing_for(
+        &self,
+        visit: &Visit,
+        list: List,
+        deadline: Deadline,
+    ) -> Result<(Arc<Listing>, Verdict), CacheError> {
         if visit.may == May::PullCached {
             return self.held_listing(visit, list);
         }
         let key: ListingKey = (visit.source.clone(), list);
         let held = self.inner.listings.pages.get(&key);
+        let held = held.filter(|_| !self.is_hidden(visit, &key.1));
         let suspended = self.is_suspended(visit)?;
         let origin = self.origin(&key.0)?;
         let ttl = origin
@@ -187,8 +229,15 @@ impl Cache {
     }
 
     /// A page as it came last, however long ago.
-    pub(super) fn known_page(&self, source: &Source, list: List) -> Option<Arc<Listing>> {
-        self.inner.listings.pages.get(&(source.clone(), list))
+    pub(super) fn known_page(&self, visit: &Visit, list: List) -> Option<Arc<Listing>> {
+        if self.is_hidden(visit, &list) {
+            return None;
+        }
+        self.inner.listings.pages.get(&(visit.source.clone(), list))
+    }
+
+    fn is_hidden(&self, visit: &Visit, list: &List) -> bool {
+        visit.is_personal() && self.inner.negatives.hides(&of_list(visit, list))
     }
 
     /// Names of repositories of which something is stored, upstream's key first, in order, from after `after`; at most `most`. Left out are
@@ -244,7 +293,7 @@ impl Cache {
         deadline: Deadline,
     ) -> Result<(Arc<Listing>, Role), CacheError> {
         let thing = list.thing();
-        let negative = (visit.visitor(), thing, list.name());
+        let negative = of_list(visit, &list);
         if let Some(refusal) = self.inner.negatives.find(&negative) {
             return Err(refused(visit, thing, refusal));
         }
@@ -272,26 +321,43 @@ impl Cache {
         let (answer, body) = match upstream.whole(&ask, PAGE_LIMIT, deadline).await {
             Ok(whole) => whole,
             Err(error) => {
-                self.forget_listing(&key, visit, error.fault());
+                if let Some(refusal) = self.forget_listing(&key, visit, error.fault()).await {
+                    return Err(refusal);
+                }
                 return Err(self
                     .judge_refusal(visit, list.thing(), list.name(), &Arc::new(error))
                     .await);
             }
         };
-        self.lift(visit, Some(answer.credential())).await;
+        self.lift(visit, answer.allowed()).await;
         let listing = self.read_listing(list, &answer, body);
         let listing = Arc::new(listing.ok_or_else(|| upstream.broken(&ask, "not a list in JSON"))?);
+        self.inner.negatives.forget(&of_list(visit, list));
         self.inner.listings.pages.insert(key, Arc::clone(&listing));
         Ok(listing)
     }
 
     /// A list that the upstream says is gone is not served when it goes down later. That one client may not see it takes it from nobody
-    /// else.
-    fn forget_listing(&self, key: &ListingKey, visit: &Visit, fault: &Fault) {
-        let refused = matches!(fault, Fault::Denied { .. }) && !visit.is_personal();
-        if refused || matches!(fault, Fault::NotFound { .. }) {
-            self.inner.listings.pages.remove(key);
+    /// else. Returns the refusal, where a closer look finds one.
+    async fn forget_listing(
+        &self,
+        key: &ListingKey,
+        visit: &Visit,
+        fault: &Fault,
+    ) -> Option<CacheError> {
+        let gone = matches!(fault, Fault::NotFound { .. });
+        if !gone && !matches!(fault, Fault::Denied { .. }) {
+            return None;
         }
+        if !visit.is_personal() {
+            self.inner.listings.pages.remove(key);
+            return None;
+        }
+        if !gone || self.inner.listings.pages.get(key).is_none() {
+            return None;
+        }
+        self.inner.negatives.hide(of_list(visit, &key.1));
+        self.doubt_proof(visit).await
     }
 
     /// Reads a page; `None` when it is not one.
@@ -322,6 +388,11 @@ impl Cache {
     }
 }
 
+/// A visitor's question for a list.
+fn of_list(visit: &Visit, list: &List) -> Question {
+    (visit.visitor(), list.thing(), list.name())
+}
+
 /// Whether this is a list of tags that names any.
 pub(super) fn names_a_tag(body: &[u8]) -> bool {
     let list = serde_json::from_slice::<TagList>(body);
@@ -349,6 +420,41 @@ fn next_page(link: &str) -> Option<Page> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::names::UpstreamId;
+
+    #[test]
+    fn a_page_weighs_what_it_takes_with_its_name() {
+        let text = "x".repeat(10_000);
+        let page = || Page {
+            last: Some(text.clone()),
+            ..Page::default()
+        };
+        let source = Source::new(UpstreamId::new("up"), "a".parse().unwrap());
+        let listing = |next| {
+            let content = Content::Tags(Vec::new());
+            let checked = Timestamp(0);
+            Arc::new(Listing {
+                content,
+                next,
+                checked,
+            })
+        };
+        let weigh = |list, next| ByLength.weight(&(source.clone(), list), &listing(next));
+        let light = weigh(List::Tags(Page::default()), None);
+        let digest = AnyDigest::Known(oci::Digest::of(oci::Algorithm::Sha256, b""));
+        let referrers = List::Referrers {
+            digest,
+            artifact_type: Some(text.clone()),
+            page: page(),
+        };
+        for (heavy, by) in [
+            (weigh(List::Tags(page()), None), 10_000),
+            (weigh(List::Tags(Page::default()), Some(page())), 10_000),
+            (weigh(referrers, None), 20_000),
+        ] {
+            assert_eq!(heavy, light + by);
+        }
+    }
 
     #[test]
     fn only_the_parameters_of_a_link_are_taken() {

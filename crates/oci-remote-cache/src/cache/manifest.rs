@@ -11,6 +11,7 @@ use oci::{AnyDigest, Digest, MANIFEST_LIMIT, ManifestView, MediaType, Reference,
 
 use super::error::{CacheError, Thing};
 use super::freshness::{Fallback, Freshness, Instead, Meanwhile};
+use super::revalidate::tag_record;
 use super::right::{Claim, refused};
 use super::visit::Visit;
 use super::{Cache, all_of, manifest_ask};
@@ -87,9 +88,24 @@ impl Cache {
         wish: &ManifestWish,
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
-        let visit = &self
-            .enter(grant, Resource::Manifest(reference.clone()), deadline)
-            .await?;
+        let what = Resource::Manifest(reference.clone());
+        let visit = self.enter(grant, what.clone(), deadline).await?;
+        let answered = self.manifest_for(&visit, reference, wish, deadline).await;
+        let Err(error) = answered else {
+            return answered;
+        };
+        let again = self.enter_again(grant, (&visit, what), error, deadline);
+        let own = Box::pin(again).await?;
+        Box::pin(self.manifest_for(&own, reference, wish, deadline)).await
+    }
+
+    async fn manifest_for(
+        &self,
+        visit: &Visit,
+        reference: &Reference,
+        wish: &ManifestWish,
+        deadline: Deadline,
+    ) -> Result<ManifestAnswer, CacheError> {
         if visit.may == May::PullCached {
             return self.held_manifest(visit, reference, wish).await;
         }
@@ -315,7 +331,7 @@ impl Cache {
                     .await);
             }
         };
-        self.lift(visit, Some(answer.0.credential())).await;
+        self.lift(visit, answer.0.allowed()).await;
         let judged = read_manifest(visit, answer, Some(digest))?;
         Ok(self.keep(visit, judged, None).await)
     }
@@ -571,24 +587,5 @@ pub(super) fn read_manifest(
             body,
             credential,
         }),
-    }
-}
-
-/// A tag's mapping as seen now.
-pub(super) fn tag_record(
-    source: &Source,
-    tag: &Tag,
-    (digest, media_type, size): (Digest, MediaType, u64),
-    checked: Timestamp,
-) -> TagRecord {
-    TagRecord {
-        source: source.clone(),
-        tag: tag.clone(),
-        digest,
-        media_type,
-        size,
-        checked,
-        first_seen: checked,
-        suspended: false,
     }
 }

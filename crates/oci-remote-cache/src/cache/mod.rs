@@ -16,6 +16,7 @@ pub mod manifest;
 mod meaning;
 mod negative;
 pub mod pattern;
+mod places;
 mod proofs;
 mod purge;
 mod revalidate;
@@ -192,6 +193,7 @@ fn ask(visit: &Visit, resource: Resource, method: Method) -> Ask {
         range: None,
         accept: None,
         mirror: 0,
+        mirrors: visit.mirrors,
         identity: visit.identity.clone(),
     }
 }

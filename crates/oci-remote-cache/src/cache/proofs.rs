@@ -89,6 +89,11 @@ impl Proofs {
         self.open.insert(visitor, Instant::now() + ttl);
     }
 
+    /// What was shown to the visitor is shown no longer, and nobody has refused it: whoever comes next asks.
+    pub(super) fn end(&self, visitor: &Visitor) {
+        self.open.remove(visitor);
+    }
+
     /// The upstream has refused the visitor: what was shown before counts no longer, also while the upstream is down.
     pub(super) fn refuse(&self, visitor: Visitor, denial: Denial) {
         let now = Instant::now();

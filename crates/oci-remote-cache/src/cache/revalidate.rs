@@ -9,12 +9,14 @@ use oci::{AnyDigest, Digest, MANIFEST_LIMIT, MediaType, Reference, Tag};
 
 use super::error::{CacheError, Thing};
 use super::freshness::{Circumstances, Freshness, Known, Reach, Word, judge};
-use super::manifest::{Fetched, read_manifest, tag_record};
+use super::manifest::{Fetched, read_manifest};
+use super::negative::Question;
 use super::right::refused;
-use super::visit::{Visit, Visitor};
+use super::visit::Visit;
 use super::{Cache, manifest_ask};
+use crate::clock::Timestamp;
 use crate::deadline::Deadline;
-use crate::names::{CredentialId, Source};
+use crate::names::Source;
 use crate::store::catalog::{Change, TagRecord};
 use crate::upstream::{Answer, Fault, Method, UpstreamError};
 use crate::verdict::Verdict;
@@ -24,7 +26,6 @@ struct Mapping {
     digest: Digest,
     media_type: MediaType,
     size: u64,
-    credential: CredentialId,
 }
 
 impl Cache {
@@ -49,9 +50,10 @@ impl Cache {
     ) -> Result<Freshness, CacheError> {
         let source = &visit.source;
         let refused = self.is_suspended(visit)?;
+        let hidden = visit.is_personal() && self.inner.negatives.hides(&of_tag(visit, tag));
         let known = record.map(|record| Known {
             checked: record.checked,
-            word: match (refused, record.suspended) {
+            word: match (refused, record.suspended || hidden) {
                 (true, _) => Word::Refused,
                 (false, true) => Word::Deleted,
                 (false, false) => Word::Holds,
@@ -94,7 +96,7 @@ impl Cache {
         method: Method,
         deadline: Deadline,
     ) -> Result<Fetched, CacheError> {
-        if let Some(refusal) = self.inner.negatives.find(&negative(visit, tag)) {
+        if let Some(refusal) = self.inner.negatives.find(&of_tag(visit, tag)) {
             return Err(refused(visit, Thing::Manifest, refusal));
         }
         let (cache, from, name) = (self.clone(), visit.clone(), tag.clone());
@@ -130,7 +132,10 @@ impl Cache {
             .await
         {
             Ok(answer) => match mapping(&answer) {
-                Some(mapping) => self.mapped(visit, tag, (mapping, record, method)).await,
+                Some(mapping) => {
+                    self.lift(visit, answer.allowed()).await;
+                    self.mapped(visit, tag, (mapping, record, method)).await
+                }
                 None => self.get_tag(visit, tag).await,
             },
             Err(error) if head_is_not_final(&error) => self.get_tag(visit, tag).await,
@@ -145,7 +150,6 @@ impl Cache {
         tag: &Tag,
         (mapping, before, method): (Mapping, Option<TagRecord>, Method),
     ) -> Result<Fetched, CacheError> {
-        self.lift(visit, Some(&mapping.credential)).await;
         let source = &visit.source;
         let same = before
             .as_ref()
@@ -213,18 +217,26 @@ impl Cache {
             Ok(answer) => answer,
             Err(error) => return Err(self.tag_refused(visit, tag, error).await),
         };
-        self.lift(visit, Some(answer.0.credential())).await;
+        self.lift(visit, answer.0.allowed()).await;
         let judged = read_manifest(visit, answer, None)?;
+        self.inner.negatives.forget(&of_tag(visit, tag));
         Ok(self
             .keep(visit, judged, Some((tag, self.inner.clock.now())))
             .await)
     }
 
-    /// The upstream refused a tag. A 404 suspends the tag, a 401 or 403 the repository; neither deletes anything.
+    /// The upstream refused a tag. A 404 suspends the tag, a 401 or 403 the repository; neither deletes anything. What one login, or
+    /// nobody, is not shown may be hidden from it alone: then the tag is gone for it, and for others when they are told so themselves.
     async fn tag_refused(&self, visit: &Visit, tag: &Tag, error: UpstreamError) -> CacheError {
         let source = &visit.source;
         let gone = matches!(error.fault(), Fault::NotFound { .. });
-        if let Some(record) = self.tag_record(source, tag).filter(|_| gone) {
+        let held = self.tag_record(source, tag).filter(|_| gone);
+        if held.is_some() && visit.is_personal() {
+            self.inner.negatives.hide(of_tag(visit, tag));
+            if let Some(refusal) = self.doubt_proof(visit).await {
+                return refusal;
+            }
+        } else if let Some(record) = held {
             if !record.suspended {
                 tracing::info!(source = %source, %tag, "the upstream no longer has this tag");
             }
@@ -241,7 +253,7 @@ impl Cache {
     }
 
     async fn record_tag(&self, visit: &Visit, record: TagRecord) {
-        self.inner.negatives.forget(&negative(visit, &record.tag));
+        self.inner.negatives.forget(&of_tag(visit, &record.tag));
         if let Err(error) = self
             .inner
             .store
@@ -254,7 +266,27 @@ impl Cache {
     }
 }
 
-fn negative(visit: &Visit, tag: &Tag) -> (Visitor, Thing, String) {
+/// A tag's mapping as seen now.
+pub(super) fn tag_record(
+    source: &Source,
+    tag: &Tag,
+    (digest, media_type, size): (Digest, MediaType, u64),
+    checked: Timestamp,
+) -> TagRecord {
+    TagRecord {
+        source: source.clone(),
+        tag: tag.clone(),
+        digest,
+        media_type,
+        size,
+        checked,
+        first_seen: checked,
+        suspended: false,
+    }
+}
+
+/// A visitor's question for a tag.
+pub(super) fn of_tag(visit: &Visit, tag: &Tag) -> Question {
     (visit.visitor(), Thing::Manifest, tag.to_string())
 }
 
@@ -278,6 +310,5 @@ fn mapping(answer: &Answer) -> Option<Mapping> {
         digest,
         media_type,
         size,
-        credential: answer.credential().clone(),
     })
 }

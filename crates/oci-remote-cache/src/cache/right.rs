@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use oci::{AnyDigest, Digest, Reference};
+use oci::{AnyDigest, Digest, Reference, Slice};
 
 use super::error::{CacheError, Thing};
 use super::negative::Refusal;
@@ -16,7 +16,7 @@ use super::{Cache, SHARED_REFUSAL, Shown, ask};
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
 use crate::store::catalog::{Change, Kind, Membership, Proof};
-use crate::upstream::{Fault, Method, Refused, Resource, UpstreamError};
+use crate::upstream::{Ask, Fault, Method, Refused, Resource, Upstream, UpstreamError};
 
 /// This repository holds this digest. Only this file makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -177,16 +177,21 @@ impl Cache {
             Thing::Manifest => Resource::Manifest(Reference::Digest(digest)),
             Thing::Blob | Thing::Tags | Thing::Referrers => Resource::Blob(digest),
         };
-        match upstream
-            .ask(ask(visit, resource, Method::Head), Deadline::for_answer())
-            .await
-        {
+        let asked = upstream.ask(
+            ask(visit, resource.clone(), Method::Head),
+            Deadline::for_answer(),
+        );
+        match asked.await {
             Ok(answer) => {
-                self.lift(visit, Some(answer.credential())).await;
-                Ok(Probe {
+                self.lift(visit, answer.allowed()).await;
+                let mut probe = Probe {
                     size: answer.content_length(),
                     credential: answer.credential().clone(),
-                })
+                };
+                if probe.size.is_none() && thing == Thing::Blob {
+                    probe.size = size_by_first_byte(upstream, visit, resource).await;
+                }
+                Ok(probe)
             }
             Err(error) => Err(self
                 .judge_refusal(visit, thing, name, &Arc::new(error))
@@ -206,16 +211,14 @@ impl Cache {
         Ok(self.inner.store.catalog().is_suspended(source, &credential))
     }
 
-    /// The upstream has answered 200 for this repository, to `shown` where that is known: it is open again, and nothing needs to be
-    /// fetched anew.
-    pub(super) async fn lift(&self, visit: &Visit, shown: Option<&CredentialId>) {
+    /// The upstream itself, and no mirror, has answered 200 for this repository to the credential `allowed`: it is open again, and nothing
+    /// needs to be fetched anew.
+    pub(super) async fn lift(&self, visit: &Visit, allowed: Option<&CredentialId>) {
         let source = &visit.source;
-        if visit.is_personal() {
+        let Some(credential) = allowed.filter(|_| !visit.is_personal()) else {
             return;
-        }
-        if let Some(credential) = shown {
-            self.inner.logins.accepted(source, credential);
-        }
+        };
+        self.inner.logins.accepted(source, credential);
         let Ok(true) = self.is_closed(source) else {
             return;
         };
@@ -313,6 +316,19 @@ impl Cache {
             .negatives
             .note((visit.visitor(), thing, name), refusal, ttl);
         refused(source, thing, refusal)
+    }
+}
+
+/// The size of a blob whose HEAD does not tell it. What a manifest tells is no size to give on: anyone can push one that lies.
+async fn size_by_first_byte(upstream: &Upstream, visit: &Visit, resource: Resource) -> Option<u64> {
+    let first = Ask {
+        range: Some(Slice { start: 0, end: 1 }),
+        ..ask(visit, resource, Method::Get)
+    };
+    let answer = upstream.ask(first, Deadline::for_answer()).await.ok()?;
+    match answer.content_range() {
+        Some(range) => range.total,
+        None => answer.content_length().filter(|_| answer.status() == 200),
     }
 }
 

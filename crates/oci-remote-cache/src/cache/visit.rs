@@ -4,7 +4,7 @@ use std::ops::Deref;
 
 use crate::names::{CredentialId, Source};
 use crate::policy::{Grant, May};
-use crate::upstream::Identity;
+use crate::upstream::{Identity, Mirrors};
 
 /// A repository, and whose rights its upstream is asked with.
 #[derive(Clone, Debug)]
@@ -12,6 +12,7 @@ pub(super) struct Visit {
     pub(super) source: Source,
     pub(super) identity: Identity,
     pub(super) may: May,
+    pub(super) mirrors: Mirrors,
 }
 
 /// What is remembered of one identity's dealings with a repository is found by this. What the operator configured, and nobody, have no
@@ -24,6 +25,15 @@ impl Visit {
             source: grant.source().clone(),
             identity,
             may: grant.may(),
+            mirrors: Mirrors::Welcome,
+        }
+    }
+
+    /// The same for a repository that the upstream itself has closed, and only it can open again.
+    pub(super) fn without_mirrors(self) -> Self {
+        Self {
+            mirrors: Mirrors::LeftOut,
+            ..self
         }
     }
 
@@ -34,6 +44,10 @@ impl Visit {
             Identity::Configured | Identity::Anonymous => CredentialId::anonymous(),
         };
         (self.source.clone(), credential)
+    }
+
+    pub(super) fn is_anonymous(&self) -> bool {
+        matches!(self.identity, Identity::Anonymous)
     }
 
     /// Whether the rights are this client's own (or nobody's), and not all clients'.

@@ -9,13 +9,14 @@ use std::sync::Arc;
 use oci::{
     AnyDigest, Descriptor, Digest, MANIFEST_LIMIT, ManifestView, Platform, Reference, Slice,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
 use super::Cache;
 use super::blob::{BlobAnswer, Open, Release, Wish, WishRange};
 use super::error::CacheError;
 use super::manifest::{ManifestWish, Method};
+use super::places::{Lack, Place, Places};
 use crate::deadline::Deadline;
 use crate::fill::FillError;
 use crate::metrics::OutcomeLabel;
@@ -26,6 +27,9 @@ const AT_ONCE: usize = 2;
 
 /// Images that may be waiting or on their way.
 const QUEUE: usize = 64;
+
+/// The same, for one client.
+const SHARE: usize = QUEUE / 4;
 
 /// Manifests of one image: an index of more was not made for machines.
 const MOST_MANIFESTS: usize = 256;
@@ -72,13 +76,19 @@ pub enum WarmError {
 
 /// The queue is full.
 #[derive(Debug, thiserror::Error)]
-#[error("{QUEUE} images are being fetched or wait for it already")]
-pub struct Full;
+pub enum Full {
+    /// For everybody.
+    #[error("{QUEUE} images are being fetched or wait for it already")]
+    Queue,
+    /// For this client.
+    #[error("{SHARE} images are being fetched for you or wait for it already")]
+    Share,
+}
 
 /// Places for images.
 #[derive(Debug)]
 pub(super) struct Queue {
-    places: Arc<Semaphore>,
+    places: Places,
     turns: Arc<Semaphore>,
 }
 
@@ -91,10 +101,19 @@ struct Work {
     done: Warmed,
 }
 
+impl From<Lack> for Full {
+    fn from(lack: Lack) -> Self {
+        match lack {
+            Lack::Place => Self::Queue,
+            Lack::Share => Self::Share,
+        }
+    }
+}
+
 impl Queue {
     pub(super) fn new() -> Self {
         Self {
-            places: Arc::new(Semaphore::new(QUEUE)),
+            places: Places::new(QUEUE, SHARE),
             turns: Arc::new(Semaphore::new(AT_ONCE)),
         }
     }
@@ -107,9 +126,8 @@ impl Cache {
         licence: &WarmLicence,
         wish: WarmWish,
     ) -> Result<JoinHandle<Result<Warmed, WarmError>>, Full> {
-        let place = Arc::clone(&self.inner.warming.places)
-            .try_acquire_owned()
-            .map_err(|_taken| Full)?;
+        let client = licence.grant().client().name.as_ref();
+        let place = self.inner.warming.places.take(client)?;
         let work = Work {
             cache: self.clone(),
             grant: licence.grant().clone(),
@@ -123,7 +141,7 @@ impl Cache {
 }
 
 impl Work {
-    async fn run(mut self, place: OwnedSemaphorePermit) -> Result<Warmed, WarmError> {
+    async fn run(mut self, place: Place) -> Result<Warmed, WarmError> {
         let tasks = self.cache.inner.tasks.clone();
         let ended = tokio::select! {
             () = tasks.stopping() => Err(WarmError::Stopping),

@@ -13,8 +13,9 @@ use url::Url;
 
 use super::builtin::BUILT_IN;
 use super::error::{ConfigError, Origin, Problem};
-use super::keys::{KeyPath, nearest};
+use super::keys::KeyPath;
 use super::logins::PrefixLogin;
+use super::nearest::nearest;
 use super::settings::Settings;
 use super::value::{NO_PROXY, SecretSource, Typed};
 use super::{

@@ -5,7 +5,8 @@
 
 use super::error::{Origin, Problem};
 use super::file::Entry;
-use super::keys::{Key, KeyPath, Kind, keys, nearest};
+use super::keys::{Key, KeyPath, Kind, keys};
+use super::nearest::nearest;
 use super::value::Written;
 
 const PREFIX: &str = "OCI_REMOTE_CACHE_";

@@ -13,7 +13,8 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::{ConfigError, Origin, Problem};
 use super::hosts::read_name;
-use super::keys::{Found, Key, KeyPath, find, suggestion};
+use super::keys::{Found, Key, KeyPath, find};
+use super::nearest::suggestion;
 use super::value::Written;
 
 /// Larger than any configuration; smaller than what `--config /dev/zero` would read.

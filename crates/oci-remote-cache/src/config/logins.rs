@@ -4,7 +4,7 @@
 
 use oci::RepositoryName;
 
-use super::keys::nearest;
+use super::nearest::nearest;
 use super::value::{SecretSource, Written, quoted, read_secret, read_username};
 
 /// A login, and the repositories it is for.

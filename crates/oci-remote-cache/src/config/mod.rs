@@ -11,6 +11,7 @@ mod file;
 mod hosts;
 mod keys;
 mod logins;
+mod nearest;
 mod notes;
 mod pages;
 mod schema;

@@ -2,7 +2,7 @@
 //!
 //! What the rules mean is the cache's own business (`cache/freshness.rs`).
 
-use super::keys::nearest;
+use super::nearest::nearest;
 use super::units::{duration_text, parse_duration};
 use super::value::{Written, quoted};
 use crate::cache::freshness::Lasting;

@@ -315,6 +315,15 @@ impl Fill {
         (wants, readers.appetite(size, self.always_whole()))
     }
 
+    /// Where one of the readers waits for a byte, another one each `turn`; where the first one will, as long as none does.
+    fn waited_for(&self, size: u64, spool: &Spool, turn: usize) -> u64 {
+        let (wants, _) = self.demand(size, spool);
+        match turn.checked_rem(wants.len()).and_then(|nth| wants.get(nth)) {
+            Some(want) => want.position,
+            None => self.first_wanted(size).map_or(0, |slice| slice.start),
+        }
+    }
+
     /// Whether all of a blob of `size` bytes is wanted.
     fn appetite(&self, size: u64) -> Appetite {
         self.readers().appetite(size, self.always_whole())

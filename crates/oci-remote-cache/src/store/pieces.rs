@@ -44,6 +44,34 @@ impl PieceMap {
         self.runs.insert(start, end);
     }
 
+    /// Takes a range out again.
+    pub fn remove(&mut self, slice: Slice) {
+        if slice.start >= slice.end {
+            return;
+        }
+        let touched: Vec<(u64, u64)> = self
+            .runs
+            .range(..slice.end)
+            .rev()
+            .take_while(|&(_, &end)| end > slice.start)
+            .map(|(&start, &end)| (start, end))
+            .collect();
+        for (start, end) in touched {
+            self.runs.remove(&start);
+            if start < slice.start {
+                self.runs.insert(start, slice.start);
+            }
+            if slice.end < end {
+                self.runs.insert(slice.end, end);
+            }
+        }
+    }
+
+    /// The ranges, in order.
+    pub fn runs(&self) -> impl Iterator<Item = Slice> {
+        self.runs.iter().map(|(&start, &end)| Slice { start, end })
+    }
+
     /// End of the unbroken run that holds `offset`; `offset` itself when that byte has not arrived.
     pub fn reach(&self, offset: u64) -> u64 {
         self.runs
@@ -149,12 +177,20 @@ mod tests {
     proptest! {
         /// The map says of each byte what a plain array of flags says.
         #[test]
-        fn agrees_with_flags(inserts in prop::collection::vec((0u64..200, 0u64..60), 0..30), from in 0u64..260, length in 0u64..80) {
+        fn agrees_with_flags(changes in prop::collection::vec((0u64..200, 0u64..60, 0u8..4), 0..30), from in 0u64..260, length in 0u64..80) {
             let mut map = PieceMap::new();
             let mut flags = [false; 400];
-            for (start, length) in inserts {
-                map.insert(slice(start, start + length));
-                (start..start + length).for_each(|at| flags[index(at)] = true);
+            for (start, length, kind) in changes {
+                let part = slice(start, start + length);
+                if kind == 0 {
+                    map.remove(part);
+                } else {
+                    map.insert(part);
+                }
+                (start..start + length).for_each(|at| flags[index(at)] = kind != 0);
+            }
+            for run in map.runs() {
+                prop_assert!(run.start < run.end && !flags[index(run.end)]);
             }
             let reach = (from..400).find(|&at| !flags[index(at)]).unwrap_or(400);
             prop_assert_eq!(map.reach(from), reach);

@@ -18,7 +18,7 @@ use super::connect::{Door, Lane};
 use super::credentials::{self, Credentials};
 use super::error::{Failure, Fault, Refused};
 use super::exchange::{Call, Reply};
-use super::place::Place;
+use super::place::{Place, asker};
 use super::request::Ask;
 use super::token::{Token, Wanted};
 use crate::deadline::Deadline;
@@ -310,24 +310,24 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// One exchange with the registry, told to its breaker and its gate.
+    /// One exchange with the registry, told to its breakers and its gate.
     async fn exchange(&self, call: Call) -> Result<Reply, Failure> {
-        let place = self.place;
+        let (place, asker) = (self.place, asker(self.ask));
         let began = Instant::now();
         let reply = match place.wire.send(self.door, call, self.deadline).await {
             Ok(reply) => reply,
             Err(fault) => {
                 let silent = fault == Fault::Late && began.elapsed() >= SILENCE;
                 if silent || matches!(fault, Fault::Connect(_)) {
-                    place.breaker.failed(Instant::now());
+                    place.breakers.silent(&asker, Instant::now());
                 }
                 return Err(fault.into());
             }
         };
         if reply.status() >= 500 {
-            place.breaker.failed(Instant::now());
+            place.breakers.failed(&asker, Instant::now());
         } else {
-            place.breaker.answered();
+            place.breakers.answered(&asker);
         }
         place.note_rate(&reply, &self.credential());
         if reply.status() == 429 {

@@ -55,6 +55,8 @@ pub(super) struct Head {
     pub(super) length: Option<u64>,
     pub(super) credential: CredentialId,
     pub(super) method: Method,
+    /// Who gave it: 0 is the upstream's URL, n its nth mirror.
+    pub(super) place: usize,
 }
 
 /// Names an answer in errors that come later.
@@ -140,6 +142,11 @@ impl Answer {
     /// Whose rights this was given for; anonymous when no credential was involved, and then anyone may see it.
     pub fn credential(&self) -> &CredentialId {
         &self.head.credential
+    }
+
+    /// The same where the upstream itself answered. A mirror's answer says nothing about rights there.
+    pub fn allowed(&self) -> Option<&CredentialId> {
+        (self.head.place == 0).then_some(&self.head.credential)
     }
 
     /// The bytes.

@@ -43,7 +43,7 @@ use url::Url;
 
 use self::auth::Learned;
 use self::body::Label;
-use self::breaker::Breaker;
+use self::breaker::Breakers;
 use self::connect::Reach;
 use self::error::Failure;
 use self::exchange::Wire;
@@ -71,7 +71,7 @@ pub use self::logins::{LoginFile, Logins};
 pub use self::meter::Strain;
 pub use self::offline::{Offline, Switch};
 pub use self::proxy::{Proxy, ProxyError};
-pub use self::request::{Ask, Method, Resource};
+pub use self::request::{Ask, Method, Mirrors, Resource};
 pub use self::trust::system_roots;
 
 /// What an operator configured for one upstream.
@@ -262,7 +262,7 @@ fn open(settings: &Settings, url: &Url, wire: &Wire, trust: &Trust) -> Result<Pl
         gate: Gate::default(),
         meter: Meter::default(),
         offline: settings.offline.clone(),
-        breaker: Breaker::default(),
+        breakers: Breakers::default(),
     })
 }
 

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use url::Url;
 
 use super::auth::Learned;
-use super::breaker::Breaker;
+use super::breaker::{Asker, Breakers};
 use super::connect::Reach;
 use super::credentials::{Credentials, Identity};
 use super::error::{Failure, Fault, SetupError};
@@ -37,7 +37,7 @@ pub(super) struct Place {
     pub(super) gate: Gate,
     pub(super) meter: Meter,
     pub(super) offline: Offline,
-    pub(super) breaker: Breaker,
+    pub(super) breakers: Breakers,
 }
 
 impl Place {
@@ -63,8 +63,8 @@ impl Place {
         if let Some(retry_after) = closed_for {
             return Err(Fault::RateLimited { retry_after }.into());
         }
-        self.breaker
-            .enter(now)
+        self.breakers
+            .enter(&asker(ask), now)
             .map_err(|retry_after| Fault::BreakerOpen { retry_after }.into())
     }
 
@@ -103,6 +103,15 @@ impl Place {
             .get_or_create(&label)
             .set(until);
         wait
+    }
+}
+
+/// Whose failures this question's are. Mirrors see no client's login: all who come with one are strangers there.
+pub(super) fn asker(ask: &Ask) -> Asker {
+    match &ask.identity {
+        Identity::Configured => Asker::Us,
+        Identity::Client(login) if ask.mirror == 0 => Asker::One(login.id.clone()),
+        Identity::Client(_) | Identity::Anonymous => Asker::One(CredentialId::anonymous()),
     }
 }
 

@@ -25,8 +25,20 @@ pub struct Ask {
     pub accept: Option<String>,
     /// Which place to ask: 0 is the upstream's URL, n its nth mirror.
     pub mirror: usize,
+    /// Whether others may answer where it gives none.
+    pub mirrors: Mirrors,
     /// In whose name.
     pub identity: Identity,
+}
+
+/// Whether a place's mirrors may answer in its stead.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mirrors {
+    /// They may: the content is the same.
+    #[default]
+    Welcome,
+    /// They may not: what is asked is a matter of rights, of which they know nothing.
+    LeftOut,
 }
 
 /// What can be asked for.
@@ -192,7 +204,7 @@ mod tests {
     use oci::{Page, Slice};
     use url::Url;
 
-    use super::{Ask, Identity, Method, Resource};
+    use super::{Ask, Identity, Method, Mirrors, Resource};
 
     const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
@@ -204,6 +216,7 @@ mod tests {
             range: None,
             accept: None,
             mirror: 0,
+            mirrors: Mirrors::Welcome,
             identity: Identity::Configured,
         }
     }

@@ -12,7 +12,9 @@ use futures_util::FutureExt as _;
 use oci::{AnyDigest, RepositoryName, Slice};
 use tokio::time::{Instant, sleep_until};
 
-use super::{Answer, Ask, Body, Fault, Identity, Method, Resource, Upstream, UpstreamError};
+use super::{
+    Answer, Ask, Body, Fault, Identity, Method, Mirrors, Resource, Upstream, UpstreamError,
+};
 use crate::deadline::Deadline;
 use crate::names::CredentialId;
 
@@ -65,6 +67,7 @@ impl BlobAsk {
             range,
             accept: None,
             mirror,
+            mirrors: Mirrors::Welcome,
             identity: self.identity.clone(),
         }
     }
@@ -246,8 +249,13 @@ impl BlobStream {
             end,
         });
         let ask = self.ask.ask(range, self.ask.place);
-        let answer = self.ask.upstream.send(&ask, Deadline::for_answer()).await?;
-        self.accept(answer)
+        match self.ask.upstream.send(&ask, Deadline::for_answer()).await {
+            Ok(answer) => self.accept(answer),
+            Err(error) if self.ask.upstream.is_to_strangers(&ask, &error) => {
+                Err(self.broken("a mirror that refuses strangers"))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Takes an answer as the continuation at our offset, if it is one.
@@ -350,6 +358,12 @@ impl Upstream {
         mut ask: Ask,
         deadline: Deadline,
     ) -> Result<(Answer, usize), UpstreamError> {
+        if ask.mirrors == Mirrors::LeftOut {
+            return self
+                .send(&ask, deadline)
+                .await
+                .map(|answer| (answer, ask.mirror));
+        }
         let mut silence: Option<UpstreamError> = None;
         for left in (2..=self.places()).rev() {
             // A place that hangs must leave time for the others.

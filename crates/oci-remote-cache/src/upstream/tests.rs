@@ -13,8 +13,8 @@ use testbed::{
 use url::Url;
 
 use super::{
-    Answer, Ask, Fault, Identity, Keyring, Login, Method, Password, Resource, Settings, Upstream,
-    UpstreamError,
+    Answer, Ask, Fault, Identity, Keyring, Login, Method, Mirrors, Password, Resource, Settings,
+    Upstream, UpstreamError,
 };
 use crate::clock::Clock;
 use crate::deadline::Deadline;
@@ -98,6 +98,7 @@ fn ask(resource: Resource) -> Ask {
         range: None,
         accept: None,
         mirror: 0,
+        mirrors: Mirrors::Welcome,
         identity: Identity::Configured,
     }
 }

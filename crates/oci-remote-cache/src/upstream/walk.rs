@@ -20,9 +20,9 @@ use crate::names::CredentialId;
 /// Who gave the last answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Speaker {
-    /// The registry at its own origin, or another one that a redirect led to: its refusals are about rights.
+    /// The registry at its own origin: its refusals are about rights.
     Registry,
-    /// A content host: its refusals are about the signed URL.
+    /// Whoever a redirect led to: its refusals are about the URL that the registry gave out, whatever challenge comes with them.
     ContentHost,
 }
 
@@ -92,11 +92,8 @@ async fn walk(place: &Place, ask: &Ask, deadline: Deadline) -> Result<Arrived, F
         };
     }
     let at_home = trail.never_left();
-    let as_guest = guest
-        .as_ref()
-        .is_some_and(|guest| guest.origin == Origin::of(&reply.url));
     Ok(Arrived {
-        speaker: if at_home || as_guest {
+        speaker: if at_home {
             Speaker::Registry
         } else {
             Speaker::ContentHost
@@ -149,7 +146,12 @@ async fn abroad(
         scopes: bearer.scope.iter().cloned().collect(),
         credentials: None,
     };
-    let token = place.tokens.get(wanted, wire, door, deadline).await?;
+    let token = match place.tokens.get(wanted, wire, door, deadline).await {
+        Ok(token) => token,
+        // No token for strangers: the refusal stands as it came.
+        Err(failure) if matches!(failure.fault, Fault::Denied { .. }) => return Ok(reply),
+        Err(failure) => return Err(failure),
+    };
     let again = stranger(session.ask, &url, Some(&token));
     let reply = wire.send(door, again, deadline).await?;
     if reply.status() == 401 {
@@ -204,6 +206,7 @@ async fn settle(
         length,
         credential: arrived.credential,
         method,
+        place: ask.mirror,
     };
     Ok(Answer::new(head, arrived.reply.response, label.clone()))
 }

@@ -17,12 +17,12 @@ use tokio::time::sleep;
 
 use crate::stage::{cache, said};
 
-const PUBLIC: &str = "lib/public";
-const PRIVATE: &str = "lib/private";
+pub(crate) const PUBLIC: &str = "lib/public";
+pub(crate) const PRIVATE: &str = "lib/private";
 
-const ALICE: &str = "alice:sesame-alice";
-const BOB: &str = "bob:sesame-bob";
-const CAROL: &str = "carol:sesame-carol";
+pub(crate) const ALICE: &str = "alice:sesame-alice";
+pub(crate) const BOB: &str = "bob:sesame-bob";
+pub(crate) const CAROL: &str = "carol:sesame-carol";
 const USERS: [&str; 3] = [ALICE, BOB, CAROL];
 
 /// How long a refused login is remembered in these tests, and a little more.
@@ -53,16 +53,16 @@ impl Auth for Doors {
     }
 }
 
-struct Scene {
-    registry: Registry,
+pub(crate) struct Scene {
+    pub(crate) registry: Registry,
     tokens: TokenServer,
     doors: Doors,
-    cache: CacheProcess,
+    pub(crate) cache: CacheProcess,
     public: Image,
-    private: Image,
+    pub(crate) private: Image,
 }
 
-async fn scene(say: impl FnOnce(Upstream) -> Upstream) -> Scene {
+pub(crate) async fn scene(say: impl FnOnce(Upstream) -> Upstream) -> Scene {
     scene_with(say, |builder| builder).await
 }
 
@@ -104,21 +104,21 @@ async fn scene_with(
 }
 
 /// Proofs for an hour, tags too: what follows is the cache's own doing.
-async fn calm_scene() -> Scene {
+pub(crate) async fn calm_scene() -> Scene {
     scene(|upstream| upstream.tag_ttl("1h").line("client_proof_ttl = \"1h\"")).await
 }
 
 impl Scene {
-    async fn ask(&self, request: Request, login: Option<&str>) -> Response {
+    pub(crate) async fn ask(&self, request: Request, login: Option<&str>) -> Response {
         self.cache.send(signed(request, login)).await
     }
 
-    async fn tag(&self, login: Option<&str>) -> Response {
+    pub(crate) async fn tag(&self, login: Option<&str>) -> Response {
         self.ask(Request::get(&manifest_path("up", PRIVATE, "v1")), login)
             .await
     }
 
-    async fn layer(&self, login: Option<&str>) -> Response {
+    pub(crate) async fn layer(&self, login: Option<&str>) -> Response {
         let path = blob_path("up", PRIVATE, self.private.layer().digest);
         self.ask(Request::get(&path), login).await
     }
@@ -144,7 +144,7 @@ impl Scene {
         ]
     }
 
-    async fn pull(&self, login: &str) {
+    pub(crate) async fn pull(&self, login: &str) {
         assert_good(&self.tag(Some(login)).await, &self.private.manifest);
         assert_good(&self.layer(Some(login)).await, self.private.layer());
         let config = blob_path("up", PRIVATE, self.private.config.digest);
@@ -152,7 +152,7 @@ impl Scene {
         assert_good(&config, &self.private.config);
     }
 
-    fn expel(&self, name: &str) {
+    pub(crate) fn expel(&self, name: &str) {
         self.doors
             .members
             .lock()
@@ -161,8 +161,40 @@ impl Scene {
         self.tokens.revoke_all();
     }
 
+    /// Whether a request comes with this user's token.
+    pub(crate) fn is_from(&self, name: &'static str) -> impl Fn(&Exchange) -> bool + use<> {
+        let users = Arc::clone(&self.doors.users);
+        move |exchange| users[name].refuse(exchange).is_none()
+    }
+
+    /// From now on those requests for the private repository are answered so.
+    pub(crate) fn answer(
+        &self,
+        whose: impl Fn(&Exchange) -> bool + Send + Sync + 'static,
+        other: Handler,
+    ) {
+        let by_login = Handler::new(move |exchange| {
+            if whose(&exchange) {
+                other.call(exchange)
+            } else {
+                faults::usual().call(exchange)
+            }
+        });
+        for kind in [Kind::Manifest, Kind::Blob, Kind::Tags] {
+            let private = Matcher::from(kind).repo(PRIVATE);
+            self.registry.script(private, by_login.clone());
+        }
+    }
+
+    /// What anyone may pull is for one user from now on.
+    pub(crate) fn close_to_all_but(&self, name: &str) {
+        let alone = Bearer::of(&self.tokens).identity(name);
+        self.registry.require(alone);
+        self.tokens.revoke_all();
+    }
+
     /// How often a login was shown to the token service.
-    fn logins(&self) -> usize {
+    pub(crate) fn logins(&self) -> usize {
         let asked = self.tokens.token_requests();
         let shown = asked
             .iter()
@@ -171,7 +203,7 @@ impl Scene {
     }
 }
 
-fn signed(request: Request, login: Option<&str>) -> Request {
+pub(crate) fn signed(request: Request, login: Option<&str>) -> Request {
     let request = request.header("Accept", ACCEPT_ALL);
     match login {
         Some(pair) => request.header("Authorization", &format!("Basic {}", STANDARD.encode(pair))),

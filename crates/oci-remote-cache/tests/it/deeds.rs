@@ -304,6 +304,38 @@ async fn it_goes_on_behind_the_answer_and_ends_with_the_process() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn one_client_takes_no_more_than_its_share_of_the_queue() {
+    let (_folder, registry, cache) = scene().await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let gate = Gate::new();
+    registry.script(Kind::Blob, faults::held(&gate));
+    let path = warm_path(REPO, "v1", "");
+    for _ in 0..16 {
+        assert_eq!(send(&cache, "ci", "POST", &path).await.status, 202);
+    }
+    let full = send(&cache, "ci", "POST", &path).await;
+    assert_refused(&full, &[429]);
+    assert!(full.number("retry-after").is_some(), "{full}");
+    assert!(full.text().contains("for you"), "{}", full.text());
+    assert_eq!(send(&cache, "boss", "POST", &path).await.status, 202);
+    gate.open();
+    assert_holds(&cache, everything(&image)).await;
+    let metrics = || testbed::client::get(cache.admin_port(), "/metrics", &[]);
+    for _ in 0..50 {
+        if metrics()
+            .await
+            .text()
+            .contains("oci_remote_cache_warming 0")
+        {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(send(&cache, "ci", "POST", &path).await.status, 202);
+    cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn it_gives_way_where_the_rate_limit_runs_low() {
     let (_folder, registry, cache) = scene().await;
     let image = registry.put_image(&ImageSpec::new(REPO, "v1"));

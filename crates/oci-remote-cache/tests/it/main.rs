@@ -53,6 +53,8 @@ mod never_worse;
 #[cfg(test)]
 mod once;
 #[cfg(test)]
+mod one_login;
+#[cfg(test)]
 mod proxies;
 #[cfg(test)]
 mod ranges;
@@ -67,6 +69,8 @@ mod serving;
 #[cfg(test)]
 mod shares;
 #[cfg(test)]
+mod sizes;
+#[cfg(test)]
 mod stage;
 #[cfg(test)]
 mod start;
@@ -80,3 +84,5 @@ mod tokens;
 mod unbroken;
 #[cfg(test)]
 mod upstream_auth;
+#[cfg(test)]
+mod whose_word;

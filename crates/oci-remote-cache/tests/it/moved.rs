@@ -199,6 +199,27 @@ async fn a_refusal_of_the_new_one_brings_nothing_old_back() {
     }
 }
 
+/// The same where the tag comes back as it was before it went: an older meaning is from before that too.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_deleted_and_restored_brings_nothing_older_back() {
+    let (registry, cache) = up_as(|upstream| upstream.tag_ttl("0s").negative_ttl("0s")).await;
+    let old = put(&registry, "old");
+    assert_good(&get_tag(&cache).await, &old.manifest);
+    let new = put(&registry, "new");
+    assert_names(&head_tag(&cache).await, &new);
+    registry.remove_manifest(REPO, "v1");
+    assert_refused(&get_tag(&cache).await, &[404]);
+    registry.put_manifest(REPO, Some("v1"), &new.manifest);
+    for _ in 0..2 {
+        assert_names(&head_tag(&cache).await, &new);
+    }
+    registry.stop().await;
+    assert_refused(&get_tag(&cache).await, &[502, 503, 504]);
+    cache.restart().await;
+    assert_refused(&get_tag(&cache).await, &[502, 503, 504]);
+    cache.check_invariants().await;
+}
+
 /// What a tag meant before the upstream deleted it does not come back with a new meaning that nobody fetched.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_deleted_does_not_stand_in() {

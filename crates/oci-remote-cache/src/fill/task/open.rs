@@ -1,6 +1,7 @@
 //! The beginning of a fill: what is left from before, the upstream's answer, the spool.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use oci::Slice;
 
@@ -48,10 +49,11 @@ pub(super) async fn open(
     if size.is_some_and(|size| size > fills.store.max_blob()) {
         return alone(Why::TooLarge, stream, place);
     }
-    let resumed = kept.is_some();
-    let Some((spool, reservation)) = make_spool(fill, fills, kept, size).await else {
+    let Some((spool, reservation)) = make_spool(fill, fills, kept.clone(), size).await else {
         return alone(Why::Disk, stream, place);
     };
+    // Pieces of a blob of another size are not among the bytes, and not to blame for them.
+    let resumed = kept.is_some_and(|kept| Arc::ptr_eq(&kept, &spool));
     fill.set(|progress| {
         progress.size = size;
         progress.spool = Some(Arc::clone(&spool));
@@ -98,7 +100,9 @@ pub(super) async fn resume_kept(fill: &Arc<Fill>, fills: &Fills) -> Option<Arc<S
     match kept {
         Ok(Ok(Some(kept))) => {
             fills.store.count_parked().await;
-            Some(Arc::new(kept))
+            let kept = Arc::new(kept);
+            check_kept(fill, fills, &kept);
+            Some(kept)
         }
         Ok(Err(error)) => {
             tracing::warn!(%error, "pieces kept from an earlier transfer cannot be used");
@@ -106,6 +110,23 @@ pub(super) async fn resume_kept(fill: &Arc<Fill>, fills: &Fills) -> Option<Arc<S
         }
         Ok(Ok(None)) | Err(_) => None,
     }
+}
+
+/// Looks at the kept pieces while the upstream is asked and the first readers are served: what they wait for goes first, in turns.
+fn check_kept(fill: &Arc<Fill>, fills: &Fills, kept: &Arc<Spool>) {
+    let (fill, kept) = (Arc::clone(fill), Arc::clone(kept));
+    let look = move || {
+        let size = kept.size().unwrap_or_default();
+        let turn = AtomicUsize::new(0);
+        let first = || fill.waited_for(size, &kept, turn.fetch_add(1, Ordering::Relaxed));
+        let tell = || {
+            fill.announce();
+            fill.wake.notify_one();
+        };
+        kept.check_kept(first, tell);
+    };
+    // Nobody waits for its end: it tells of each piece.
+    drop(fills.tasks.spawn_blocking(look));
 }
 
 /// The range to open with; `None` is a plain GET of everything, which also tells the size.
@@ -143,9 +164,13 @@ async fn make_spool(
     let key = fill.key.clone();
     let made = fills.tasks.spawn_blocking(move || {
         let fits = |spool: &Arc<Spool>| size.is_none() || spool.size() == size;
-        let spool = match kept.filter(fits) {
-            Some(spool) => spool,
-            None => Arc::new(Spool::create(store.layout(), key.digest, &key.upstream)?),
+        let spool = match kept {
+            Some(spool) if fits(&spool) => spool,
+            unfit => {
+                // It is another file's by now.
+                unfit.inspect(|spool| spool.give_up());
+                Arc::new(Spool::create(store.layout(), key.digest, &key.upstream)?)
+            }
         };
         size.map_or(Ok(()), |size| spool.settle_size(size))?;
         Ok::<_, std::io::Error>(spool)

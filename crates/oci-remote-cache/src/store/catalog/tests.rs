@@ -377,13 +377,22 @@ async fn a_tag_keeps_its_history() {
         .map(|era| (era.digest, era.first_seen.0, era.last_seen.0, era.deleted))
         .collect();
     assert_eq!(eras, [(a, 5, 5, true), (b, 3, 4, false), (a, 1, 2, false)]);
-    // Seen again, it is as if it had never been away.
-    catalog.record_tag(tag(a, 7)).await.unwrap();
+    // Seen again, it begins anew: that it was away is not forgotten.
+    for checked in [7, 8] {
+        let again = TagRecord {
+            first_seen: Timestamp(5),
+            ..tag(a, checked)
+        };
+        catalog.record_tag(again).await.unwrap();
+    }
     let eras = catalog.tag_history(&asked.source, &asked.tag).unwrap();
-    assert_eq!(
-        (eras.len(), eras[0].last_seen, eras[0].deleted),
-        (3, Timestamp(7), false)
-    );
+    let latest: Vec<_> = eras
+        .iter()
+        .take(2)
+        .map(|era| (era.digest, era.first_seen.0, era.last_seen.0, era.deleted))
+        .collect();
+    assert_eq!(eras.len(), 4);
+    assert_eq!(latest, [(a, 7, 8, false), (a, 5, 5, true)]);
     assert_eq!(
         catalog
             .tag(&asked.source, &"other".parse().unwrap())

@@ -326,10 +326,12 @@ fn end_era(db: &Transaction<'_>, source: i64, tag: &str) -> rusqlite::Result<()>
     run(db.prepare_cached(end)?, params![source, tag])
 }
 
-/// Lengthens the tag's latest era, or starts a new one where the digest is another.
+/// Lengthens the tag's latest era, or starts a new one where the digest is another, or the same after the tag was gone: what it meant
+/// before that still does not come back.
 fn put_era(db: &Transaction<'_>, source: i64, record: &TagRecord) -> rusqlite::Result<()> {
-    let lengthen = "UPDATE tag_history SET last_seen = max(last_seen, ?4), deleted = 0
-        WHERE id = (SELECT max(id) FROM tag_history WHERE source = ?1 AND tag = ?2) AND digest = ?3";
+    let lengthen = "UPDATE tag_history SET last_seen = max(last_seen, ?4)
+        WHERE id = (SELECT max(id) FROM tag_history WHERE source = ?1 AND tag = ?2)
+            AND digest = ?3 AND NOT deleted";
     let tag = record.tag.as_str();
     let digest = record.digest.bytes();
     let values = params![source, tag, digest, record.checked.0];
@@ -337,7 +339,9 @@ fn put_era(db: &Transaction<'_>, source: i64, record: &TagRecord) -> rusqlite::R
         return Ok(());
     }
     let insert = "INSERT INTO tag_history (source, tag, digest, first_seen, last_seen)
-        VALUES (?1, ?2, ?3, ?4, ?5)";
+        SELECT ?1, ?2, ?3, CASE WHEN EXISTS (SELECT 1 FROM tag_history
+            WHERE id = (SELECT max(id) FROM tag_history WHERE source = ?1 AND tag = ?2)
+                AND digest = ?3) THEN ?5 ELSE ?4 END, ?5";
     let values = params![source, tag, digest, record.first_seen.0, record.checked.0];
     run(db.prepare_cached(insert)?, values)?;
     let prune = "DELETE FROM tag_history WHERE source = ?1 AND tag = ?2 AND id <= (

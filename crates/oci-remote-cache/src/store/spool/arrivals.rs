@@ -21,6 +21,8 @@ pub(super) struct Arrivals {
 #[derive(Debug)]
 struct State {
     here: PieceMap,
+    /// Left by an earlier transfer, and perhaps right: nobody's to write or to read until that is known.
+    unsure: PieceMap,
     /// Being written: disjoint, and none of it is here.
     writing: Vec<Slice>,
     /// Nobody begins to write any more.
@@ -28,11 +30,12 @@ struct State {
 }
 
 impl Arrivals {
-    /// So much is here to begin with.
-    pub(super) fn new(here: PieceMap) -> Self {
+    /// Nothing is here to begin with; so much may turn out to be.
+    pub(super) fn new(unsure: PieceMap) -> Self {
         Self {
             state: Mutex::new(State {
-                here,
+                here: PieceMap::new(),
+                unsure,
                 writing: Vec::new(),
                 closed: false,
             }),
@@ -44,12 +47,40 @@ impl Arrivals {
         self.state().here.reach(offset)
     }
 
+    /// What of `within` must come from elsewhere.
     pub(super) fn gaps(&self, within: Slice) -> Vec<Slice> {
-        self.state().here.gaps(within)
+        self.state().free(&[], within)
     }
 
+    /// How much is here, with what may turn out to be.
     pub(super) fn total(&self) -> u64 {
-        self.state().here.total()
+        let state = self.state();
+        state.here.total() + state.unsure.total()
+    }
+
+    /// What was left is right: it is here. Says whether anyone still wants to know.
+    pub(super) fn found_right(&self, part: Slice) -> bool {
+        let mut state = self.state();
+        if state.closed {
+            return false;
+        }
+        state.unsure.remove(part);
+        state.here.insert(part);
+        drop(state);
+        self.changed.notify_all();
+        true
+    }
+
+    /// What was left is wrong: it is as if it had never come. Says whether anyone still wants to know.
+    pub(super) fn found_wrong(&self, part: Slice) -> bool {
+        let mut state = self.state();
+        state.unsure.remove(part);
+        !state.closed
+    }
+
+    /// Lets nobody begin to write any more, nor look at what was left. Waits for nobody.
+    pub(super) fn give_up(&self) {
+        self.state().closed = true;
     }
 
     /// The parts of `within` that are nobody's yet. They are the caller's to write, until it counts them or lets them go.
@@ -58,15 +89,7 @@ impl Arrivals {
         if state.closed {
             return Vec::new();
         }
-        let free = if state.writing.is_empty() {
-            state.here.gaps(within)
-        } else {
-            let mut taken = state.here.clone();
-            for slice in &state.writing {
-                taken.insert(*slice);
-            }
-            taken.gaps(within)
-        };
+        let free = state.free(&state.writing, within);
         state.writing.extend(&free);
         free
     }
@@ -115,6 +138,19 @@ impl Arrivals {
 }
 
 impl State {
+    /// What of `within` is neither here, perhaps or surely, nor in one of `taken`.
+    fn free(&self, taken: &[Slice], within: Slice) -> Vec<Slice> {
+        let mut unsure = self.unsure.runs().peekable();
+        if taken.is_empty() && unsure.peek().is_none() {
+            return self.here.gaps(within);
+        }
+        let mut not_free = self.here.clone();
+        for slice in taken.iter().copied().chain(unsure) {
+            not_free.insert(slice);
+        }
+        not_free.gaps(within)
+    }
+
     fn end(&mut self, claimed: &[Slice]) {
         self.writing.retain(|slice| !claimed.contains(slice));
     }
@@ -151,6 +187,24 @@ mod tests {
         arrivals.count(&second, None);
         assert_eq!(arrivals.gaps(slice(0, 30)), [slice(10, 20)]);
         assert_eq!(arrivals.claim(slice(0, 30)), [slice(15, 20)]);
+    }
+
+    #[test]
+    fn what_is_unsure_is_neither_here_nor_missing() {
+        let mut left = PieceMap::new();
+        left.insert(slice(0, 20));
+        let arrivals = Arrivals::new(left);
+        assert_eq!((arrivals.reach(0), arrivals.total()), (0, 20));
+        assert_eq!(arrivals.gaps(slice(0, 30)), [slice(20, 30)]);
+        assert_eq!(arrivals.claim(slice(5, 25)), [slice(20, 25)]);
+        assert!(arrivals.found_right(slice(0, 10)));
+        assert!(arrivals.found_wrong(slice(10, 20)));
+        assert_eq!((arrivals.reach(0), arrivals.total()), (10, 10));
+        assert_eq!(arrivals.gaps(slice(0, 30)), [slice(10, 30)]);
+        assert_eq!(arrivals.claim(slice(0, 30)), [slice(10, 20), slice(25, 30)]);
+        arrivals.give_up();
+        assert!(!arrivals.found_right(slice(40, 50)));
+        assert_eq!(arrivals.reach(40), 40);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! goes on from its pieces. What is written here is not a blob: nothing under `spool/` or `parked/` is ever served as one.
 
 mod arrivals;
+mod kept;
 mod prefix;
 mod writer;
 
@@ -21,8 +22,9 @@ pub use self::prefix::{Checkpoint, PrefixHash, hash_file};
 pub use self::writer::SpoolWriter;
 
 use self::arrivals::Arrivals;
+use self::kept::Kept;
 use super::layout::Layout;
-use super::pieces::{PIECE, PieceMap, piece};
+use super::pieces::{PIECE, PieceMap};
 use super::span::Span;
 use crate::names::UpstreamId;
 
@@ -44,6 +46,7 @@ pub struct Spool {
     file: Arc<File>,
     size: OnceLock<u64>,
     arrivals: Arrivals,
+    kept: Kept,
     list: Mutex<Option<File>>,
 }
 
@@ -94,12 +97,14 @@ impl Spool {
             file: Arc::new(file),
             size: OnceLock::new(),
             arrivals: Arrivals::new(PieceMap::new()),
+            kept: Kept::default(),
             list: Mutex::default(),
         })
     }
 
-    /// Goes on with the pieces that were parked, or left by a crash, for this digest and upstream; `None` when there are none. Each piece
-    /// is read and counted only when its checksum is right. Blocks on the disk.
+    /// Goes on with the pieces that were parked, or left by a crash, for this digest and upstream; `None` when there are none. They are
+    /// not missing, and not here either, until [`Spool::check_kept`] has looked at them: tens of gigabytes are not read while a client
+    /// waits for an answer. Blocks on the disk.
     pub fn resume(
         layout: &Layout,
         digest: Digest,
@@ -116,13 +121,7 @@ impl Spool {
             return Ok(None);
         }
         let file = Arc::new(OpenOptions::new().read(true).write(true).open(&path)?);
-        let mut arrived = PieceMap::new();
-        for (index, checksum) in checksums {
-            let part = piece(index, size);
-            if checksum_of(&file, part).is_ok_and(|found| found == checksum) {
-                arrived.insert(part);
-            }
-        }
+        let (kept, unsure) = Kept::new(checksums, size);
         let list = OpenOptions::new().append(true).open(list_path(&path))?;
         Ok(Some(Self {
             digest,
@@ -130,9 +129,33 @@ impl Spool {
             path,
             file,
             size: OnceLock::from(size),
-            arrivals: Arrivals::new(arrived),
+            arrivals: Arrivals::new(unsure),
+            kept,
             list: Mutex::new(Some(list)),
         }))
+    }
+
+    /// Reads the pieces of an earlier transfer, and counts those whose checksum is right; the others become gaps. Each time the one that
+    /// `first` asks for goes first, and `tell` is called behind it. Ends early when the spool is given up. Blocks on the disk.
+    pub fn check_kept(&self, first: impl Fn() -> u64, tell: impl Fn()) {
+        let size = self.size().unwrap_or_default();
+        while let Some((part, checksums)) = self.kept.take(first(), size) {
+            let found = checksum_of(&self.file, part);
+            let wanted = if found.is_ok_and(|found| checksums.contains(&found)) {
+                self.arrivals.found_right(part)
+            } else {
+                self.arrivals.found_wrong(part)
+            };
+            if !wanted {
+                return;
+            }
+            tell();
+        }
+    }
+
+    /// Nothing comes of this spool: what was kept is not looked at any more.
+    pub fn give_up(&self) {
+        self.arrivals.give_up();
     }
 
     /// The digest the bytes must hash to.
@@ -180,12 +203,12 @@ impl Spool {
         self.arrivals.reach(offset)
     }
 
-    /// The parts of `within` that have not arrived.
+    /// The parts of `within` that have not arrived, and were not kept from before.
     pub fn gaps(&self, within: Slice) -> Vec<Slice> {
         self.arrivals.gaps(within)
     }
 
-    /// How many bytes have arrived.
+    /// How many bytes have arrived, or were kept from before and were not found wrong.
     pub fn total(&self) -> u64 {
         self.arrivals.total()
     }
@@ -220,6 +243,7 @@ impl Spool {
 
     /// Removes the files; readers that have them open keep reading. Blocks on the disk.
     pub fn discard(&self) -> io::Result<()> {
+        self.give_up();
         remove(&list_path(&self.path))?;
         remove(&self.path)
     }

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
+use crate::store::pieces::piece;
 use crate::store::publish::FileIdentity;
 
 fn slice(start: u64, end: u64) -> Slice {
@@ -79,6 +80,9 @@ fn nobody_writes_into_what_was_parked() {
     let again = Spool::resume(&layout, *spool.digest(), &upstream()).unwrap();
     let again = Arc::new(again.unwrap());
     assert_eq!(again.gaps(slice(0, size)), [slice(4 << 20, size)]);
+    assert_eq!(again.reach(0), 0, "not looked at yet");
+    again.check_kept(|| 0, || ());
+    assert_eq!(again.reach(0), 4 << 20);
     again
         .writer(4 << 20)
         .write(&[part(&right, 4 << 20, size)])
@@ -86,6 +90,72 @@ fn nobody_writes_into_what_was_parked() {
     let verified = again.verify(hashed(&again)).unwrap();
     late.write(&[vec![7; 1 << 20].into()]).unwrap();
     assert!(read(verified.file(), size) == right, "it is not the blob");
+}
+
+/// Pieces of before are looked at one by one: those that are right are here, those that rotted are missing.
+#[test]
+fn each_kept_piece_counts_when_it_was_looked_at() {
+    let right = content(4 * PIECE);
+    let size = right.len() as u64;
+    let (_folder, layout, spool) = spool_for(&right);
+    spool
+        .writer(0)
+        .write(&[part(&right, 0, 3 * PIECE)])
+        .unwrap();
+    spool.park(&layout).unwrap();
+    let parked = layout.parked_dir().join(spool.name());
+    let file = OpenOptions::new().write(true).open(parked).unwrap();
+    file.write_all_at(b"rot", PIECE).unwrap();
+    let again = Spool::resume(&layout, *spool.digest(), &upstream()).unwrap();
+    let again = Arc::new(again.unwrap());
+    assert_eq!(again.total(), 3 * PIECE);
+    let told = std::cell::RefCell::new(Vec::new());
+    let tell = || {
+        let runs = [0, PIECE, 2 * PIECE].map(|at| again.reach(at) > at);
+        told.borrow_mut().push(runs);
+    };
+    again.check_kept(|| 2 * PIECE, tell);
+    let wanted = [
+        [false, false, true],
+        [true, false, true],
+        [true, false, true],
+    ];
+    assert_eq!(told.into_inner(), wanted);
+    let missing = [slice(PIECE, 2 * PIECE), slice(3 * PIECE, size)];
+    assert_eq!(again.gaps(slice(0, size)), missing);
+    for gap in missing {
+        again
+            .writer(gap.start)
+            .write(&[part(&right, gap.start, gap.end)])
+            .unwrap();
+    }
+    assert!(again.verify(hashed(&again)).is_ok());
+    // And taken up once more, the piece that came again counts by its new checksum.
+    again.park(&layout).unwrap();
+    let third = Spool::resume(&layout, *spool.digest(), &upstream()).unwrap();
+    let third = third.unwrap();
+    third.check_kept(|| 0, || ());
+    assert_eq!(third.reach(0), size);
+}
+
+#[test]
+fn a_spool_that_was_given_up_is_not_read_to_its_end() {
+    let right = content(3 * PIECE);
+    let (_folder, layout, spool) = spool_for(&right);
+    spool.writer(0).write(std::slice::from_ref(&right)).unwrap();
+    spool.park(&layout).unwrap();
+    let again = Spool::resume(&layout, *spool.digest(), &upstream()).unwrap();
+    let again = again.unwrap();
+    let told = std::cell::Cell::new(0);
+    again.check_kept(
+        || 0,
+        || {
+            told.set(told.get() + 1);
+            again.give_up();
+        },
+    );
+    assert_eq!(told.get(), 1);
+    assert_eq!(again.reach(0), PIECE);
 }
 
 /// One connection: what it brings, and in which portions.

@@ -1,0 +1,169 @@
+//! Sizes that an upstream does not tell, or tells wrongly.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::time::Duration;
+
+use bytes::Bytes;
+use oci::OCI_MANIFEST;
+use serde_json::json;
+use testbed::cache::blob_path;
+use testbed::{
+    Content, Handler, Kind, Matcher, Registry, Request, ServeOptions, Upstream, eventually, faults,
+};
+use tokio::time::{Instant, sleep};
+
+use crate::stage::{REPO, assert_refused, cache, up, up_as};
+
+const MIB: usize = 1 << 20;
+
+/// A failure is shared for half a second, and an upstream that failed is left alone for a second.
+const LATER: Duration = Duration::from_millis(1500);
+
+/// A HEAD is answered without a length, a GET in the usual way or in chunks.
+fn without_length(get: Handler) -> Handler {
+    Handler::new(move |mut exchange| {
+        let usual = get.clone();
+        Box::pin(async move {
+            if exchange.method() == "HEAD" {
+                let chunked = [("Transfer-Encoding", "chunked")];
+                exchange.head(200, &chunked).await;
+            } else {
+                usual.call(exchange).await;
+            }
+        })
+    })
+}
+
+fn in_chunks() -> Handler {
+    Handler::new(move |mut exchange| {
+        Box::pin(async move {
+            exchange
+                .head(200, &[("Transfer-Encoding", "chunked")])
+                .await;
+            exchange.raw(b"3\r\nabc\r\n0\r\n\r\n").await;
+        })
+    })
+}
+
+/// Anyone can push a manifest that lies about a layer: a HEAD without a length is not filled in from there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_tells_the_true_size_or_none() {
+    let (registry, cache) = up().await;
+    let blob = Content::blob(3000, "of three thousand");
+    registry.put_blob(REPO, &blob);
+    let layer = json!({
+        "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+        "digest": blob.digest.to_string(),
+        "size": 77,
+    });
+    let config = Content::blob(20, "config");
+    let body = json!({
+        "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config.descriptor(), "layers": [layer],
+    });
+    let lie = Content::json(&body, OCI_MANIFEST);
+    registry.put_manifest(REPO, Some("lie"), &lie);
+    assert_eq!(cache.manifest("up", REPO, "lie").await.status, 200);
+    let head = || cache.send(Request::head(&blob_path("up", REPO, blob.digest)));
+    registry.script(Kind::Blob, without_length(faults::usual()));
+    let told = head().await;
+    assert_eq!(
+        (told.status, told.number("content-length")),
+        (200, Some(3000)),
+        "{told}"
+    );
+    let gets = registry.entries((Kind::Blob, "GET"));
+    assert_eq!(gets.len(), 1);
+    assert_eq!(gets[0].header("range"), Some("bytes=0-0"));
+    registry.clear_scripts();
+    registry.script(Kind::Blob, without_length(in_chunks()));
+    let untold = head().await;
+    assert_eq!(
+        (untold.status, untold.header("content-length")),
+        (200, None),
+        "{untold}"
+    );
+    cache.check_invariants().await;
+}
+
+/// Pieces of a blob that was said to have another size are let go of; wrong bytes that come then are the upstream's own.
+#[tokio::test(flavor = "multi_thread")]
+async fn pieces_of_another_size_are_not_blamed_for_wrong_bytes() {
+    let (registry, cache) = up_as(|upstream| upstream.line("connections_per_blob = 1")).await;
+    let blob = Content::blob(40 * MIB, "asked for");
+    registry.put_blob(REPO, &blob);
+    let wrong = |size: usize| Bytes::from(vec![7; size]);
+    let gets = || Matcher::blobs().method("GET").of(blob.digest);
+    let half = ServeOptions::new().data(wrong(48 * MIB)).reset_at(20 << 20);
+    registry.script(gets().once(), faults::serve(&blob, half));
+    registry.script(gets(), faults::error(503, "UNAVAILABLE", &[]));
+    let path = blob_path("up", REPO, blob.digest);
+    let broken = cache.send(Request::get(&path)).await;
+    assert!(!broken.is_whole(), "{broken}");
+    let parked = cache.cache_dir().join("parked");
+    let kept = || fs::read_dir(&parked).is_ok_and(|files| files.count() > 0);
+    assert!(eventually(Duration::from_secs(5), kept).await);
+    sleep(LATER).await;
+    registry.clear_scripts();
+    let other = ServeOptions::new().data(wrong(36 * MIB));
+    registry.script(gets(), faults::serve(&blob, other));
+    let mismatch = cache.send(Request::get(&path)).await;
+    assert!(!mismatch.is_whole(), "{mismatch}");
+    let asked = registry.count(gets());
+    assert_refused(&cache.send(Request::get(&path)).await, &[502]);
+    assert_eq!(registry.count(gets()), asked, "the failure is shared");
+    cache.check_invariants().await;
+}
+
+/// Reading back what was kept of a very large blob takes minutes: headers and first bytes wait for none of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_kept_of_a_large_blob_holds_up_no_answer() {
+    const SIZE: u64 = 64 << 30;
+    const PIECE: u64 = 4 << 20;
+    let registry = Registry::start().await;
+    let upstream = Upstream::new("up", registry.url());
+    let builder = cache().max_size("400GiB");
+    let cache = builder.upstream(upstream).start().await;
+    cache.terminate().await;
+    // Of the blob all but the first piece is here: zeros, which take no room.
+    let digest = Content::blob(1, "never whole").digest;
+    let key = crc32(b"up");
+    let file = cache
+        .cache_dir()
+        .join(format!("parked/sha256-{}-{key:08x}", digest.hex()));
+    let sparse = File::create(&file).expect("a file");
+    sparse.set_len(SIZE).expect("a sparse file");
+    let sum = crc32(&vec![0; usize::try_from(PIECE).unwrap()]);
+    let mut list = format!("oci-remote-cache-pieces-1 {SIZE} up\n");
+    for index in 1..SIZE / PIECE {
+        writeln!(list, "{index} {sum:08x}").expect("a line");
+    }
+    fs::write(file.with_extension("pieces"), list).expect("a list");
+    let piece = Bytes::from(vec![1; usize::try_from(PIECE).unwrap()]);
+    let range = format!("bytes 0-{}/{SIZE}", PIECE - 1);
+    let first = faults::status(206, &[("Content-Range", &range)], piece);
+    registry.script((Kind::Blob, "GET"), first);
+    cache.restart().await;
+    let began = Instant::now();
+    let client = Request::get(&blob_path("up", REPO, digest)).open(cache.port());
+    let mut client = client.await.expect("a head");
+    assert_eq!(client.response.status, 200, "{}", client.response);
+    assert!(client.read(3 * PIECE).await, "{}", client.response);
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    let asked = registry.entries((Kind::Blob, "GET"));
+    let ranges: Vec<_> = asked.iter().map(|entry| entry.header("range")).collect();
+    assert_eq!(ranges, [Some("bytes=0-4194303")], "nothing comes twice");
+    client.abort();
+    cache.terminate().await;
+    assert!(file.exists(), "it is kept on");
+}
+
+/// The checksum of the list of pieces, bit by bit.
+fn crc32(bytes: &[u8]) -> u32 {
+    let each = |crc: u32, byte: &u8| {
+        let shifted = |crc: u32, _| (crc >> 1) ^ (0xedb8_8320 & (crc & 1).wrapping_neg());
+        (0..8).fold(crc ^ u32::from(*byte), shifted)
+    };
+    !bytes.iter().fold(!0, each)
+}
