@@ -72,6 +72,7 @@ pub(super) struct Fetched {
 }
 
 /// A manifest that has been read and judged.
+#[derive(Clone, Debug)]
 pub(super) struct Judged {
     pub(super) digest: Digest,
     pub(super) view: ManifestView,
@@ -238,7 +239,10 @@ impl Cache {
         deadline: Deadline,
     ) -> Result<ManifestAnswer, CacheError> {
         let head = fetched.answer(method);
-        if method == Method::Head || head.body.is_some() {
+        if method == Method::Head && head.body.is_none() {
+            return Ok(self.as_held(visit, head).await);
+        }
+        if head.body.is_some() {
             return Ok(head);
         }
         let AnyDigest::Known(digest) = head.digest else {
@@ -258,6 +262,21 @@ impl Cache {
                 Ok(moved.map_err(|_late| CacheError::Late)??.answer(method))
             }
             Err(error) => Err(error),
+        }
+    }
+
+    /// A HEAD's answer with the size and type of the manifest itself, where it is held: an upstream's HEAD may have told others.
+    async fn as_held(&self, visit: &Visit, head: ManifestAnswer) -> ManifestAnswer {
+        let AnyDigest::Known(digest) = head.digest else {
+            return head;
+        };
+        match self.brought(visit, digest).await {
+            Some(manifest) => ManifestAnswer {
+                size: manifest.size,
+                media_type: manifest.media_type,
+                ..head
+            },
+            None => head,
         }
     }
 
@@ -458,51 +477,6 @@ impl Cache {
         };
         self.inner.manifests.insert(*digest, held.clone());
         Some(held)
-    }
-
-    /// The upstream's own answer to this client's `Accept`, or to a digest that cannot be verified. It is never kept.
-    async fn pass_manifest(
-        &self,
-        visit: &Visit,
-        reference: &Reference,
-        wish: &ManifestWish,
-        deadline: Deadline,
-    ) -> Result<ManifestAnswer, CacheError> {
-        let source = &visit.source;
-        let mut ask = manifest_ask(visit, reference.clone(), Method::Get);
-        ask.accept.clone_from(&wish.accept);
-        let answer = match self
-            .origin(source)?
-            .upstream
-            .whole(&ask, MANIFEST_LIMIT, deadline)
-            .await
-        {
-            Ok(answer) => answer,
-            Err(error) => {
-                let error = Arc::new(error);
-                return Err(self
-                    .judge_refusal(visit, Thing::Manifest, reference.to_string(), &error)
-                    .await);
-            }
-        };
-        let foreign = match reference {
-            Reference::Digest(digest) => Some(digest.clone()),
-            Reference::Tag(_) => None,
-        };
-        let judged = read_manifest(source, answer, None)?;
-        let why = if foreign.is_some() {
-            Why::UnknownAlgorithm
-        } else {
-            Why::Accept
-        };
-        Ok(ManifestAnswer {
-            digest: foreign.unwrap_or_else(|| judged.digest.into()),
-            media_type: judged.view.media_type().clone(),
-            size: judged.body.len() as u64,
-            body: (wish.method == Method::Get).then_some(judged.body),
-            verdict: Verdict::Bypass(why),
-            age: None,
-        })
     }
 }
 

@@ -15,6 +15,7 @@ pub mod listing;
 pub mod manifest;
 mod meaning;
 mod negative;
+mod passing;
 pub mod pattern;
 mod places;
 mod proofs;
@@ -42,7 +43,7 @@ pub use crate::upstream::{Fault, UpstreamError};
 
 use self::freshness::Rules;
 use self::listing::List;
-use self::manifest::{Fetched, Held};
+use self::manifest::{Fetched, Held, Judged};
 use self::negative::{Negatives, Refused};
 use self::proofs::Proofs;
 use self::right::Probe;
@@ -105,6 +106,7 @@ struct Inner {
     logins: Logins,
     tags: Flights<(Visitor, oci::Tag), Result<Fetched, CacheError>>,
     digests: Flights<(Visitor, Digest), Result<Fetched, CacheError>>,
+    passes: Flights<(Visitor, String, Option<String>), Result<Judged, CacheError>>,
     doubts: Flights<Digest, ()>,
     probes: Flights<(Visitor, Thing, AnyDigest), Result<Probe, CacheError>>,
     warming: warm::Queue,
@@ -151,6 +153,7 @@ impl Cache {
             logins: Logins::default(),
             tags: Flights::new(tasks.clone()),
             digests: Flights::new(tasks.clone()),
+            passes: Flights::new(tasks.clone()),
             doubts: Flights::new(tasks.clone()),
             probes: Flights::new(tasks.clone()),
             warming: warm::Queue::new(),

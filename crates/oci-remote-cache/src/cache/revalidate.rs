@@ -254,6 +254,12 @@ impl Cache {
 
     async fn record_tag(&self, visit: &Visit, record: TagRecord) {
         self.inner.negatives.forget(&of_tag(visit, &record.tag));
+        if !record.suspended {
+            // What the tag names is there, whatever was said of it before it was pushed.
+            let named = record.digest.to_string();
+            let named = (visit.visitor(), Thing::Manifest, named);
+            self.inner.negatives.forget(&named);
+        }
         if let Err(error) = self
             .inner
             .store

@@ -12,7 +12,7 @@ use oci::{AnyDigest, Digest, Reference, Slice};
 use super::error::{CacheError, Thing};
 use super::negative::Refusal;
 use super::visit::Visit;
-use super::{Cache, SHARED_REFUSAL, Shown, ask};
+use super::{Cache, SHARED_REFUSAL, Shown, ask, manifest_ask};
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
 use crate::store::catalog::{Change, Kind, Membership, Proof};
@@ -258,6 +258,40 @@ impl Cache {
         }
     }
 
+    /// Whether what was refused is something that the repository has shown us before.
+    fn is_on_record(&self, source: &Source, thing: Thing, name: &str) -> bool {
+        let kind = match thing {
+            Thing::Manifest => Kind::Manifest,
+            Thing::Blob => Kind::Blob,
+            Thing::Tags | Thing::Referrers => return false,
+        };
+        match name.parse::<Reference>() {
+            Ok(Reference::Tag(tag)) => self.tag_record(source, &tag).is_some(),
+            Ok(Reference::Digest(AnyDigest::Known(digest))) => {
+                self.is_member(source, &digest, kind)
+            }
+            Ok(Reference::Digest(AnyDigest::Foreign(_))) | Err(_) => false,
+        }
+    }
+
+    /// Whether a manifest that the repository did show is refused as well. That something else is refused says little: ghcr.io answers 403
+    /// for what does not exist, and lists may need other rights than pulls.
+    async fn is_refused_too(&self, visit: &Visit) -> bool {
+        let latest = self.inner.store.catalog().latest_tag(visit);
+        let (Ok(Some(latest)), Ok(origin)) = (latest, self.origin(visit)) else {
+            return true;
+        };
+        let reference = Reference::Digest(latest.digest.into());
+        let head = manifest_ask(visit, reference, Method::Head);
+        match origin.upstream.ask(head, Deadline::for_answer()).await {
+            Ok(answer) => {
+                self.lift(visit, answer.allowed()).await;
+                false
+            }
+            Err(error) => !matches!(error.fault(), Fault::NotFound { .. }),
+        }
+    }
+
     fn note_login(&self, source: &Source, refused: Option<Refused>) {
         let Ok(origin) = self.origin(source) else {
             return;
@@ -278,24 +312,8 @@ impl Cache {
         error: &Arc<UpstreamError>,
     ) -> CacheError {
         let source = &visit.source;
-        let (refusal, refused_) = match error.fault() {
-            Fault::NotFound { .. } => (Refusal::Unknown, None),
-            Fault::Denied { refused, .. } => (Refusal::Denied, Some(*refused)),
-            Fault::Connect(_)
-            | Fault::Late
-            | Fault::Broken(_)
-            | Fault::Stalled
-            | Fault::Status(_)
-            | Fault::RateLimited { .. }
-            | Fault::BreakerOpen { .. }
-            | Fault::RangeRefused
-            | Fault::Expired
-            | Fault::BadRedirect(_)
-            | Fault::Forbidden(_)
-            | Fault::TokenFailed(_)
-            | Fault::TooLarge
-            | Fault::Encoded(_)
-            | Fault::Offline => return CacheError::Upstream(Arc::clone(error)),
+        let Some((refusal, refused_)) = refusal_in(error.fault()) else {
+            return CacheError::Upstream(Arc::clone(error));
         };
         let ttl = match refusal {
             Refusal::Unknown => self
@@ -308,7 +326,9 @@ impl Cache {
             }
             Refusal::Denied => {
                 self.note_login(source, refused_);
-                self.suspend(source, error).await;
+                if self.is_on_record(source, thing, &name) || self.is_refused_too(visit).await {
+                    self.suspend(source, error).await;
+                }
                 SHARED_REFUSAL
             }
         };
@@ -329,6 +349,37 @@ async fn size_by_first_byte(upstream: &Upstream, visit: &Visit, resource: Resour
     match answer.content_range() {
         Some(range) => range.total,
         None => answer.content_length().filter(|_| answer.status() == 200),
+    }
+}
+
+/// What of an upstream's answer is a refusal.
+fn refusal_in(fault: &Fault) -> Option<(Refusal, Option<Refused>)> {
+    match fault {
+        Fault::NotFound { .. } => Some((Refusal::Unknown, None)),
+        Fault::Denied { refused, .. } => Some((Refusal::Denied, Some(*refused))),
+        Fault::Connect(_)
+        | Fault::Late
+        | Fault::Broken(_)
+        | Fault::Stalled
+        | Fault::Status(_)
+        | Fault::RateLimited { .. }
+        | Fault::BreakerOpen { .. }
+        | Fault::RangeRefused
+        | Fault::Expired
+        | Fault::BadRedirect(_)
+        | Fault::Forbidden(_)
+        | Fault::TokenFailed(_)
+        | Fault::TooLarge
+        | Fault::Encoded(_)
+        | Fault::Offline => None,
+    }
+}
+
+/// An upstream's refusal as one client's answer, of which nothing is remembered.
+pub(super) fn refusal_alone(source: &Source, thing: Thing, error: UpstreamError) -> CacheError {
+    match refusal_in(error.fault()) {
+        Some((refusal, _)) => refused(source, thing, refusal),
+        None => CacheError::Upstream(Arc::new(error)),
     }
 }
 

@@ -141,6 +141,19 @@ impl Catalog {
         })
     }
 
+    /// The tag of a repository that its upstream spoke of last.
+    pub fn latest_tag(&self, source: &Source) -> Result<Option<TagRecord>, StoreError> {
+        let select = format!(
+            "SELECT {TAG_COLUMNS} WHERE s.upstream = ?1 AND s.repository = ?2 AND t.suspended = 0
+            ORDER BY t.checked DESC LIMIT 1"
+        );
+        let values = [source.upstream.as_str(), source.repository.as_str()];
+        self.read(|db| {
+            let mut statement = db.prepare_cached(&select)?;
+            statement.query_row(values, tag_of).optional()
+        })
+    }
+
     /// What all tags mean, by upstream, repository and name.
     pub fn tags(&self) -> Result<Vec<TagRecord>, StoreError> {
         let select = format!("SELECT {TAG_COLUMNS} ORDER BY s.upstream, s.repository, t.tag");
