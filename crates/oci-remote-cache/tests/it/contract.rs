@@ -9,8 +9,8 @@ use testbed::image::{
     ACCEPT_ALL, DOCKER_LIST, DOCKER_MANIFEST, OCI_CONFIG, OCI_INDEX, OCI_MANIFEST,
 };
 use testbed::{
-    Connection, Content, Handler, ImageSpec, Kind, Matcher, MultiImage, Request, Response,
-    ServeOptions, assert_good, faults,
+    Connection, Content, Ending, Gate, Handler, ImageSpec, Kind, Matcher, MultiImage, Request,
+    Response, ServeOptions, assert_good, faults,
 };
 use tokio::time::sleep;
 
@@ -277,6 +277,60 @@ async fn a_narrow_accept_is_passed_through() {
     assert_eq!(registry.count(Kind::Manifest), 2);
     assert_holds(&cache, [&image.manifest]).await;
     cache.check_invariants().await;
+}
+
+/// Who wants a tag in another form causes requests, but a crowd no more than one at a time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_with_the_same_narrow_accept_shares_one_request() {
+    let (registry, cache, image) = up_with_image().await;
+    let docker = ImageSpec::new(REPO, "v1")
+        .media_type(DOCKER_MANIFEST)
+        .build();
+    assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+    let gate = Gate::new();
+    let (door, manifest) = (gate.clone(), docker.manifest.clone());
+    registry.script(
+        Kind::Manifest,
+        Handler::new(move |mut exchange| {
+            let (door, manifest) = (door.clone(), manifest.clone());
+            async move {
+                door.opened().await;
+                let headers = [("Content-Type", DOCKER_MANIFEST)];
+                exchange.reply(200, &headers, &manifest.data).await;
+            }
+        }),
+    );
+    let path = manifest_path("up", REPO, "v1");
+    let narrow = || cache.send(Request::get(&path).header("Accept", DOCKER_MANIFEST));
+    let crowd = futures_util::future::join_all((0..20).map(|_| narrow()));
+    let open = async {
+        sleep(Duration::from_millis(500)).await;
+        gate.open();
+    };
+    let (answers, ()) = tokio::join!(crowd, open);
+    for answer in &answers {
+        assert_good(answer, &docker.manifest);
+    }
+    assert_eq!(registry.count(Kind::Manifest), 2);
+}
+
+/// An upstream's HEAD may tell another length, or type, than its GET sends.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_tells_what_the_held_manifest_is() {
+    let (registry, cache, image) = up_with_image().await;
+    let headers = [
+        ("Content-Type", OCI_INDEX),
+        ("Content-Length", "77"),
+        (DIGEST, &image.manifest.digest.to_string()),
+    ];
+    let lie = faults::declared(&headers, "", Ending::Close);
+    registry.script(Matcher::manifests().method("HEAD"), lie);
+    cache.head_manifest("up", REPO, "v1").await;
+    assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+    let head = cache.head_manifest("up", REPO, "v1").await;
+    let size = image.manifest.size().to_string();
+    assert_eq!(head.header("content-length"), Some(size.as_str()));
+    assert_eq!(head.header("content-type"), Some(OCI_MANIFEST));
 }
 
 /// C10

@@ -3,14 +3,15 @@
 use std::time::Duration;
 
 use testbed::cache::{blob_path, manifest_path};
+use testbed::image::DOCKER_MANIFEST;
 use testbed::{
-    Bearer, CacheProcess, Image, ImageSpec, Kind, Matcher, Origin, Registry, Request, TokenServer,
-    Upstream, assert_good, faults,
+    Bearer, CacheProcess, Content, Handler, Image, ImageSpec, Kind, Matcher, Origin, Registry,
+    Request, TokenServer, Upstream, assert_good, faults,
 };
 
 use tokio::time::sleep;
 
-use crate::stage::{REPO, assert_refused, cache, up_without_ttl};
+use crate::stage::{REPO, assert_refused, cache, up, up_without_ttl};
 
 /// By then a registry that was away is asked again.
 const AFTER_AN_OUTAGE: Duration = Duration::from_millis(1500);
@@ -109,4 +110,81 @@ async fn a_mirror_opens_nothing_that_the_upstream_has_closed() {
     let layer = cache.blob("up", REPO, image.layer().digest).await;
     assert_good(&layer, image.layer());
     cache.check_invariants().await;
+}
+
+/// ghcr.io answers 403 for what does not exist, and lists may need other rights than pulls.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_of_what_was_never_shown_suspends_nothing() {
+    let (registry, cache) = up().await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    cache.pull("up", &image).await;
+    let layer = image.layer();
+    let other = Content::blob(5000, "another layer");
+    let denied = || faults::error(403, "DENIED", &[]);
+    registry.script(Matcher::blobs().of(other.digest), denied());
+    registry.script(Matcher::manifests().of("v2"), denied());
+    registry.script(Kind::Tags, denied());
+    for path in [
+        blob_path("up", REPO, other.digest),
+        manifest_path("up", REPO, "v2"),
+        format!("/v2/up/{REPO}/tags/list"),
+    ] {
+        assert_refused(&cache.get(&path).await, &[403]);
+        assert_good(&cache.blob("up", REPO, layer.digest).await, layer);
+        assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+    }
+    registry.stop().await;
+    assert_good(&cache.blob("up", REPO, layer.digest).await, layer);
+    assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+}
+
+/// Access that is gone is gone, whatever it is noticed by.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_of_everything_suspends_whatever_was_asked_for() {
+    for asked in 0..3 {
+        let (registry, cache) = up().await;
+        let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+        cache.pull("up", &image).await;
+        let tokens = TokenServer::at(&registry);
+        registry.require(Bearer::of(&tokens).identity("nobody"));
+        let never = Content::blob(100, "never shown");
+        let paths = [
+            blob_path("up", REPO, never.digest),
+            manifest_path("up", REPO, "v2"),
+            format!("/v2/up/{REPO}/tags/list"),
+        ];
+        assert_refused(&cache.get(&paths[asked]).await, &[403]);
+        registry.stop().await;
+        assert_closed(&cache, &image).await;
+    }
+}
+
+/// Refuses who wants Docker's manifests and nothing else.
+fn choosy(status: u16) -> Handler {
+    Handler::new(move |mut exchange| async move {
+        if exchange.header("accept") == Some(DOCKER_MANIFEST) {
+            exchange.error(status, "DENIED", &[]).await;
+        } else {
+            exchange.pass().await;
+        }
+    })
+}
+
+/// The registry has nothing in the one form that a client wants: that says nothing about the tag as others ask for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_clients_accept_is_refused_is_nobody_elses() {
+    for status in [403, 404] {
+        let (registry, cache) = up_without_ttl().await;
+        let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+        assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+        registry.script(Kind::Manifest, choosy(status));
+        let path = manifest_path("up", REPO, "v1");
+        for _ in 0..2 {
+            let narrow = Request::get(&path).header("Accept", DOCKER_MANIFEST);
+            assert_refused(&cache.send(narrow).await, &[status]);
+            assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+        }
+        registry.stop().await;
+        assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+    }
 }
