@@ -220,11 +220,13 @@ impl Fills {
             .ok()
     }
 
-    /// Whether half of its connections are in use: the rest is for what clients wait for.
-    pub fn is_crowded(&self, upstream: &UpstreamId) -> bool {
-        self.places
-            .get(upstream)
-            .is_none_or(|places| places.free.available_permits() * 2 < places.in_all)
+    /// Connections that nobody uses, beyond the half that is for what clients wait for.
+    pub fn to_spare(&self, upstream: &UpstreamId) -> usize {
+        let places = self.places.get(upstream);
+        places.map_or(0, |places| {
+            let kept = places.in_all.div_ceil(2);
+            places.free.available_permits().saturating_sub(kept)
+        })
     }
 
     /// Connections one blob may use.

@@ -5,8 +5,8 @@ use std::time::Duration;
 use testbed::cache::{blob_path, manifest_path};
 use testbed::image::ACCEPT_ALL;
 use testbed::{
-    CacheProcess, Content, Image, ImageSpec, Matcher, Registry, Request, ServeOptions, Upstream,
-    assert_good, eventually, faults,
+    CacheProcess, Content, Gate, Handler, Image, ImageSpec, Matcher, Registry, Request,
+    ServeOptions, Upstream, assert_good, eventually, faults,
 };
 use tokio::time::sleep;
 
@@ -201,4 +201,58 @@ async fn sizes_that_lie_bring_no_more_than_was_said() {
     // Whoever asks for it is given it.
     get_blobs(&cache, &large[..1]).await;
     cache.check_invariants().await;
+}
+
+/// Of few connections half are left to those who wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_read_ahead_keeps_nobody_waiting_for_a_connection() {
+    let (registry, cache) = up_as(|upstream| upstream.line("max_connections = 2")).await;
+    let image = image_of(&registry, &[64 * KIB; 12]);
+    let gate = Gate::new();
+    for layer in &image.layers[3..] {
+        registry.script(Matcher::blobs().of(layer.digest), faults::held(&gate));
+    }
+    get_image_manifest(&cache, &image).await;
+    get_blobs(
+        &cache,
+        [&image.config].into_iter().chain(&image.layers[..3]),
+    )
+    .await;
+    gate.reached().await;
+    let other = Content::blob(1000, "what somebody else wants");
+    registry.put_blob(REPO, &other);
+    get_blobs(&cache, [&other]).await;
+    let asked = asked(&registry, &image.layers[3..]);
+    assert_eq!(asked.iter().sum::<usize>(), 1, "{asked:?}");
+    gate.open();
+    get_blobs(&cache, &image.layers).await;
+}
+
+/// What nobody asked for yet may be refused; whoever pulled the rest keeps it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_of_what_was_read_ahead_takes_nothing_away() {
+    let (registry, cache) = up().await;
+    let image = image_of(&registry, &[64 * KIB; 8]);
+    let refused = &image.layers[5];
+    let gate = Gate::new();
+    let door = gate.clone();
+    let late = Handler::new(move |mut exchange| {
+        let door = door.clone();
+        async move {
+            door.opened().await;
+            exchange.error(403, "DENIED", &[]).await;
+        }
+    });
+    registry.script(Matcher::blobs().of(refused.digest), late);
+    get_image_manifest(&cache, &image).await;
+    get_blobs(
+        &cache,
+        [&image.config].into_iter().chain(&image.layers[..5]),
+    )
+    .await;
+    gate.open();
+    sleep(A_MOMENT).await;
+    registry.stop().await;
+    get_image_manifest(&cache, &image).await;
+    get_blobs(&cache, &image.layers[..5]).await;
 }
