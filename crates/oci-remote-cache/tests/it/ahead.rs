@@ -206,24 +206,25 @@ async fn sizes_that_lie_bring_no_more_than_was_said() {
 /// Of few connections half are left to those who wait.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_read_ahead_keeps_nobody_waiting_for_a_connection() {
-    let (registry, cache) = up_as(|upstream| upstream.line("max_connections = 2")).await;
+    let (registry, cache) = up_as(|upstream| upstream.line("max_connections = 4")).await;
     let image = image_of(&registry, &[64 * KIB; 12]);
+    let (first, rest) = image.layers.split_at(3);
     let gate = Gate::new();
-    for layer in &image.layers[3..] {
+    for layer in rest {
         registry.script(Matcher::blobs().of(layer.digest), faults::held(&gate));
     }
     get_image_manifest(&cache, &image).await;
-    get_blobs(
-        &cache,
-        [&image.config].into_iter().chain(&image.layers[..3]),
-    )
-    .await;
-    gate.reached().await;
+    for blob in [&image.config].into_iter().chain(first) {
+        // By then the connection of the one before is free again.
+        sleep(Duration::from_millis(100)).await;
+        get_blobs(&cache, [blob]).await;
+    }
+    sleep(A_MOMENT).await;
     let other = Content::blob(1000, "what somebody else wants");
     registry.put_blob(REPO, &other);
     get_blobs(&cache, [&other]).await;
-    let asked = asked(&registry, &image.layers[3..]);
-    assert_eq!(asked.iter().sum::<usize>(), 1, "{asked:?}");
+    let asked = asked(&registry, rest).iter().sum::<usize>();
+    assert!((1..=2).contains(&asked), "{asked}");
     gate.open();
     get_blobs(&cache, &image.layers).await;
 }
