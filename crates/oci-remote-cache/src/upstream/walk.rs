@@ -79,7 +79,7 @@ async fn walk(place: &Place, ask: &Ask, deadline: Deadline) -> Result<Arrived, F
         .admit(&start, &start, start.as_str())
         .map_err(|refusal| Fault::Forbidden(refusal.to_string()))?;
     let mut session = Session::new(place, &door, ask, deadline).await?;
-    session.prepare().await;
+    session.prepare().await?;
     let mut reply = session.send(&start).await?;
     let mut trail = Trail::from(&start);
     let mut guest = None;
