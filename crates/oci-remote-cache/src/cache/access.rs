@@ -238,10 +238,12 @@ fn is_missing(error: &UpstreamError) -> bool {
 }
 
 fn says_nothing_of_rights(error: &UpstreamError) -> bool {
-    matches!(
-        error.fault(),
+    let fault = error.fault();
+    let other = matches!(
+        fault,
         Fault::NotFound { .. } | Fault::Status(400..=407 | 409..=499)
-    )
+    );
+    other || fault.is_of_head()
 }
 
 fn not_public(source: &Source) -> CacheError {

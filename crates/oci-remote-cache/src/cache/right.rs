@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use oci::{AnyDigest, Digest, Reference, Slice};
+use oci::{AnyDigest, Digest, MANIFEST_LIMIT, Reference, Slice};
 
 use super::error::{CacheError, Thing};
 use super::negative::Refusal;
@@ -16,7 +16,7 @@ use super::{Cache, SHARED_REFUSAL, Shown, ask, manifest_ask};
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
 use crate::store::catalog::{Change, Kind, Membership, Proof};
-use crate::upstream::{Ask, Fault, Method, Refused, Resource, Upstream, UpstreamError};
+use crate::upstream::{Answer, Ask, Fault, Method, Refused, Resource, Upstream, UpstreamError};
 
 /// This repository holds this digest. Only this file makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -177,15 +177,11 @@ impl Cache {
             Thing::Manifest => Resource::Manifest(Reference::Digest(digest)),
             Thing::Blob | Thing::Tags | Thing::Referrers => Resource::Blob(digest),
         };
-        let asked = upstream.ask(
-            ask(visit, resource.clone(), Method::Head),
-            Deadline::for_answer(),
-        );
-        match asked.await {
+        match by_head(upstream, visit, &resource).await {
             Ok(answer) => {
                 self.lift(visit, answer.allowed()).await;
                 let mut probe = Probe {
-                    size: answer.content_length(),
+                    size: told_size(&answer, &resource),
                     credential: answer.credential().clone(),
                 };
                 if probe.size.is_none() && thing == Thing::Blob {
@@ -337,6 +333,34 @@ impl Cache {
             .note((visit.visitor(), thing, name), refusal, ttl);
         refused(source, thing, refusal)
     }
+}
+
+/// Whether it is there, by HEAD. A registry that refuses HEAD for a manifest is asked for it by GET; for a blob that has been done by its
+/// first byte already.
+async fn by_head(
+    upstream: &Upstream,
+    visit: &Visit,
+    resource: &Resource,
+) -> Result<Answer, UpstreamError> {
+    let deadline = Deadline::for_answer();
+    let head = ask(visit, resource.clone(), Method::Head);
+    match upstream.ask(head, deadline).await {
+        Err(error) if error.fault().is_of_head() && matches!(resource, Resource::Manifest(_)) => {
+            let get = ask(visit, resource.clone(), Method::Get);
+            let whole = upstream.whole(&get, MANIFEST_LIMIT, deadline).await;
+            whole.map(|(answer, _body)| answer)
+        }
+        answered => answered,
+    }
+}
+
+/// The size that a HEAD tells. Some tell 0 of everything; only of the empty blob is that true.
+fn told_size(answer: &Answer, resource: &Resource) -> Option<u64> {
+    let is_empty = match resource {
+        Resource::Blob(AnyDigest::Known(digest)) => *digest == Digest::of(digest.algorithm(), b""),
+        _ => true,
+    };
+    answer.content_length().filter(|&size| size > 0 || is_empty)
 }
 
 /// The size of a blob whose HEAD does not tell it. What a manifest tells is no size to give on: anyone can push one that lies.
