@@ -216,8 +216,13 @@ fn is_believed(since: Timestamp, now: Timestamp) -> bool {
 
 /// What a refusal that is none of rights means.
 pub(super) fn no_answer(source: &Source, resource: &Resource, error: UpstreamError) -> CacheError {
-    if is_missing(&error) {
-        return unknown(source, resource);
+    if let Fault::NotFound { code } = error.fault() {
+        let thing = thing(resource);
+        return CacheError::Unknown {
+            thing,
+            code: thing.code_told(code.as_deref()),
+            source_: source.clone(),
+        };
     }
     CacheError::Upstream(Arc::new(error))
 }
@@ -225,6 +230,7 @@ pub(super) fn no_answer(source: &Source, resource: &Resource, error: UpstreamErr
 pub(super) fn unknown(source: &Source, resource: &Resource) -> CacheError {
     CacheError::Unknown {
         thing: thing(resource),
+        code: None,
         source_: source.clone(),
     }
 }

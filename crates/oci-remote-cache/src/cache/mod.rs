@@ -175,6 +175,7 @@ impl Cache {
     fn origin(&self, source: &Source) -> Result<&Origin, CacheError> {
         let unknown = || CacheError::Unknown {
             thing: Thing::Tags,
+            code: None,
             source_: source.clone(),
         };
         self.inner.origins.get(&source.upstream).ok_or_else(unknown)

@@ -308,11 +308,11 @@ impl Cache {
         error: &Arc<UpstreamError>,
     ) -> CacheError {
         let source = &visit.source;
-        let Some((refusal, refused_)) = refusal_in(error.fault()) else {
+        let Some((refusal, refused_)) = refusal_in(thing, error.fault()) else {
             return CacheError::Upstream(Arc::clone(error));
         };
         let ttl = match refusal {
-            Refusal::Unknown => self
+            Refusal::Unknown(_) => self
                 .origin(source)
                 .map(|origin| origin.rules.negative_ttl)
                 .unwrap_or_default(),
@@ -358,7 +358,10 @@ async fn by_head(
 fn told_size(answer: &Answer, resource: &Resource) -> Option<u64> {
     let is_empty = match resource {
         Resource::Blob(AnyDigest::Known(digest)) => *digest == Digest::of(digest.algorithm(), b""),
-        _ => true,
+        Resource::Blob(_)
+        | Resource::Manifest(_)
+        | Resource::Tags(_)
+        | Resource::Referrers { .. } => true,
     };
     answer.content_length().filter(|&size| size > 0 || is_empty)
 }
@@ -377,9 +380,11 @@ async fn size_by_first_byte(upstream: &Upstream, visit: &Visit, resource: Resour
 }
 
 /// What of an upstream's answer is a refusal.
-fn refusal_in(fault: &Fault) -> Option<(Refusal, Option<Refused>)> {
+fn refusal_in(thing: Thing, fault: &Fault) -> Option<(Refusal, Option<Refused>)> {
     match fault {
-        Fault::NotFound { .. } => Some((Refusal::Unknown, None)),
+        Fault::NotFound { code } => {
+            Some((Refusal::Unknown(thing.code_told(code.as_deref())), None))
+        }
         Fault::Denied { refused, .. } => Some((Refusal::Denied, Some(*refused))),
         Fault::Connect(_)
         | Fault::Late
@@ -401,7 +406,7 @@ fn refusal_in(fault: &Fault) -> Option<(Refusal, Option<Refused>)> {
 
 /// An upstream's refusal as one client's answer, of which nothing is remembered.
 pub(super) fn refusal_alone(source: &Source, thing: Thing, error: UpstreamError) -> CacheError {
-    match refusal_in(error.fault()) {
+    match refusal_in(thing, error.fault()) {
         Some((refusal, _)) => refused(source, thing, refusal),
         None => CacheError::Upstream(Arc::new(error)),
     }
@@ -410,8 +415,9 @@ pub(super) fn refusal_alone(source: &Source, thing: Thing, error: UpstreamError)
 /// The error that a remembered refusal means.
 pub(super) fn refused(source: &Source, thing: Thing, refusal: Refusal) -> CacheError {
     match refusal {
-        Refusal::Unknown => CacheError::Unknown {
+        Refusal::Unknown(code) => CacheError::Unknown {
             thing,
+            code,
             source_: source.clone(),
         },
         Refusal::Denied => CacheError::Denied {
