@@ -10,6 +10,7 @@ pub mod blob;
 mod by_login;
 pub mod error;
 pub mod freshness;
+mod head;
 mod held;
 pub mod listing;
 pub mod manifest;

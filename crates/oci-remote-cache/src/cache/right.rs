@@ -7,16 +7,17 @@
 
 use std::sync::Arc;
 
-use oci::{AnyDigest, Digest, MANIFEST_LIMIT, Reference, Slice};
+use oci::{AnyDigest, Digest, Reference};
 
 use super::error::{CacheError, Thing};
+use super::head::{by_head, size_by_first_byte, told_size};
 use super::negative::Refusal;
 use super::visit::Visit;
-use super::{Cache, SHARED_REFUSAL, Shown, ask, manifest_ask};
+use super::{Cache, SHARED_REFUSAL, Shown};
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
 use crate::store::catalog::{Change, Kind, Membership, Proof};
-use crate::upstream::{Answer, Ask, Fault, Method, Refused, Resource, Upstream, UpstreamError};
+use crate::upstream::{Fault, Refused, Resource, UpstreamError};
 
 /// This repository holds this digest. Only this file makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -278,8 +279,8 @@ impl Cache {
             return true;
         };
         let reference = Reference::Digest(latest.digest.into());
-        let head = manifest_ask(visit, reference, Method::Head);
-        match origin.upstream.ask(head, Deadline::for_answer()).await {
+        let latest = Resource::Manifest(reference);
+        match by_head(&origin.upstream, visit, &latest).await {
             Ok(answer) => {
                 self.lift(visit, answer.allowed()).await;
                 false
@@ -332,50 +333,6 @@ impl Cache {
             .negatives
             .note((visit.visitor(), thing, name), refusal, ttl);
         refused(source, thing, refusal)
-    }
-}
-
-/// Whether it is there, by HEAD. A registry that refuses HEAD for a manifest is asked for it by GET; for a blob that has been done by its
-/// first byte already.
-async fn by_head(
-    upstream: &Upstream,
-    visit: &Visit,
-    resource: &Resource,
-) -> Result<Answer, UpstreamError> {
-    let deadline = Deadline::for_answer();
-    let head = ask(visit, resource.clone(), Method::Head);
-    match upstream.ask(head, deadline).await {
-        Err(error) if error.fault().is_of_head() && matches!(resource, Resource::Manifest(_)) => {
-            let get = ask(visit, resource.clone(), Method::Get);
-            let whole = upstream.whole(&get, MANIFEST_LIMIT, deadline).await;
-            whole.map(|(answer, _body)| answer)
-        }
-        answered => answered,
-    }
-}
-
-/// The size that a HEAD tells. Some tell 0 of everything; only of the empty blob is that true.
-fn told_size(answer: &Answer, resource: &Resource) -> Option<u64> {
-    let is_empty = match resource {
-        Resource::Blob(AnyDigest::Known(digest)) => *digest == Digest::of(digest.algorithm(), b""),
-        Resource::Blob(_)
-        | Resource::Manifest(_)
-        | Resource::Tags(_)
-        | Resource::Referrers { .. } => true,
-    };
-    answer.content_length().filter(|&size| size > 0 || is_empty)
-}
-
-/// The size of a blob whose HEAD does not tell it. What a manifest tells is no size to give on: anyone can push one that lies.
-async fn size_by_first_byte(upstream: &Upstream, visit: &Visit, resource: Resource) -> Option<u64> {
-    let first = Ask {
-        range: Some(Slice { start: 0, end: 1 }),
-        ..ask(visit, resource, Method::Get)
-    };
-    let answer = upstream.ask(first, Deadline::for_answer()).await.ok()?;
-    match answer.content_range() {
-        Some(range) => range.total,
-        None => answer.content_length().filter(|_| answer.status() == 200),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Registries that refuse HEAD where they would answer GET are no worse through the cache than without it.
 
 use testbed::cache::blob_path;
-use testbed::{Content, ImageSpec, Kind, Request, assert_good, faults};
+use testbed::{Content, ImageSpec, Kind, Matcher, Request, assert_good, faults};
 
 use crate::stage::{REPO, assert_refused, get_manifest, head_manifest, up, up_without_ttl};
 
@@ -86,5 +86,21 @@ async fn a_tag_is_asked_for_by_get_and_at_once_the_next_time() {
         let wanted = [get(), head_manifest(REPO, "v1"), get(), get()];
         assert_eq!(registry.requests(), wanted, "{status}");
         cache.check_invariants().await;
+    }
+}
+
+/// Something else that is refused makes the cache look at what it was shown before, which must not take a refused HEAD for an answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refused_head_suspends_no_repository() {
+    for status in REFUSALS {
+        let (registry, cache) = up().await;
+        let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+        assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
+        registry.script((Kind::Manifest, "HEAD"), refused(status));
+        let denied = faults::error(403, "DENIED", &[]);
+        registry.script(Matcher::manifests().of("v2"), denied);
+        assert_refused(&cache.manifest("up", REPO, "v2").await, &[403]);
+        registry.stop().await;
+        assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
     }
 }
