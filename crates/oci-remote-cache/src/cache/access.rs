@@ -216,8 +216,13 @@ fn is_believed(since: Timestamp, now: Timestamp) -> bool {
 
 /// What a refusal that is none of rights means.
 pub(super) fn no_answer(source: &Source, resource: &Resource, error: UpstreamError) -> CacheError {
-    if is_missing(&error) {
-        return unknown(source, resource);
+    if let Fault::NotFound { code } = error.fault() {
+        let thing = thing(resource);
+        return CacheError::Unknown {
+            thing,
+            code: thing.code_told(code.as_deref()),
+            source_: source.clone(),
+        };
     }
     CacheError::Upstream(Arc::new(error))
 }
@@ -225,6 +230,7 @@ pub(super) fn no_answer(source: &Source, resource: &Resource, error: UpstreamErr
 pub(super) fn unknown(source: &Source, resource: &Resource) -> CacheError {
     CacheError::Unknown {
         thing: thing(resource),
+        code: None,
         source_: source.clone(),
     }
 }
@@ -238,10 +244,12 @@ fn is_missing(error: &UpstreamError) -> bool {
 }
 
 fn says_nothing_of_rights(error: &UpstreamError) -> bool {
-    matches!(
-        error.fault(),
+    let fault = error.fault();
+    let other = matches!(
+        fault,
         Fault::NotFound { .. } | Fault::Status(400..=407 | 409..=499)
-    )
+    );
+    other || fault.is_of_head()
 }
 
 fn not_public(source: &Source) -> CacheError {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use oci::{AnyDigest, ManifestError};
+use oci::{AnyDigest, ErrorCode, ManifestError};
 
 use crate::fill::FillError;
 use crate::names::Source;
@@ -30,6 +30,8 @@ pub enum CacheError {
     Unknown {
         /// What was asked for.
         thing: Thing,
+        /// What the upstream called it, where that tells a client something.
+        code: Option<ErrorCode>,
         /// Where.
         source_: Source,
     },
@@ -114,6 +116,26 @@ impl Thing {
             Self::Referrers => "referrers",
         }
     }
+
+    /// The specification's code for one that is missing.
+    pub const fn code(self) -> ErrorCode {
+        match self {
+            Self::Manifest | Self::Referrers => ErrorCode::ManifestUnknown,
+            Self::Blob => ErrorCode::BlobUnknown,
+            Self::Tags => ErrorCode::NameUnknown,
+        }
+    }
+
+    /// The code of an upstream's 404, if it is one that clients know for that: oras tells by it a repository that is missing from a
+    /// registry that has no referrers.
+    pub fn code_told(self, code: Option<&str>) -> Option<ErrorCode> {
+        let code = ErrorCode::parse(code?)?;
+        let is_list = matches!(self, Self::Tags | Self::Referrers);
+        let fits = code == self.code()
+            || code == ErrorCode::NameUnknown
+            || (is_list && code == ErrorCode::Unsupported);
+        fits.then_some(code)
+    }
 }
 
 impl From<UpstreamError> for CacheError {
@@ -155,5 +177,37 @@ impl CacheError {
             | Self::Stopping
             | Self::Disk => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use oci::ErrorCode;
+
+    use super::Thing;
+
+    #[test]
+    fn only_codes_that_fit_a_404_are_kept() {
+        for (thing, code, kept) in [
+            (
+                Thing::Manifest,
+                "NAME_UNKNOWN",
+                Some(ErrorCode::NameUnknown),
+            ),
+            (Thing::Manifest, "UNSUPPORTED", None),
+            (Thing::Manifest, "UNKNOWN", None),
+            (Thing::Blob, "BLOB_UNKNOWN", Some(ErrorCode::BlobUnknown)),
+            (Thing::Blob, "MANIFEST_UNKNOWN", None),
+            (Thing::Tags, "TOOMANYREQUESTS", None),
+            (
+                Thing::Referrers,
+                "UNSUPPORTED",
+                Some(ErrorCode::Unsupported),
+            ),
+            (Thing::Referrers, "UNAUTHORIZED", None),
+        ] {
+            assert_eq!(thing.code_told(Some(code)), kept, "{thing:?} {code}");
+        }
+        assert_eq!(Thing::Blob.code_told(None), None);
     }
 }

@@ -10,6 +10,7 @@ pub mod blob;
 mod by_login;
 pub mod error;
 pub mod freshness;
+mod head;
 mod held;
 pub mod listing;
 pub mod manifest;
@@ -175,6 +176,7 @@ impl Cache {
     fn origin(&self, source: &Source) -> Result<&Origin, CacheError> {
         let unknown = || CacheError::Unknown {
             thing: Thing::Tags,
+            code: None,
             source_: source.clone(),
         };
         self.inner.origins.get(&source.upstream).ok_or_else(unknown)

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use oci::ErrorCode;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache as Memory;
 use tokio::time::Instant;
@@ -20,8 +21,8 @@ const EACH: u64 = 512;
 /// What was refused and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
-    /// 404.
-    Unknown,
+    /// 404, with what the upstream called it.
+    Unknown(Option<ErrorCode>),
     /// 401 or 403.
     Denied,
 }
@@ -157,7 +158,7 @@ mod tests {
         for n in 0..2000 {
             let key = (visitor.clone(), Thing::Tags, format!("{n}{text}"));
             negatives.hide(key.clone());
-            negatives.note(key, Refusal::Unknown, Duration::from_mins(1));
+            negatives.note(key, Refusal::Unknown(None), Duration::from_mins(1));
         }
         let most = MOST as u64 * EACH;
         assert!(negatives.known.weight() <= most && negatives.hidden.weight() <= most);

@@ -298,10 +298,7 @@ pub(super) fn of_tag(visit: &Visit, tag: &Tag) -> Question {
 
 /// Some registries refuse HEAD where they would answer GET.
 fn head_is_not_final(error: &UpstreamError) -> bool {
-    matches!(
-        error.fault(),
-        Fault::Status(405) | Fault::Denied { status: 403, .. }
-    )
+    error.fault().is_of_head() || matches!(error.fault(), Fault::Denied { status: 403, .. })
 }
 
 /// What a HEAD's headers tell, if they tell enough: containerd and Docker need digest, type and length.

@@ -7,16 +7,17 @@
 
 use std::sync::Arc;
 
-use oci::{AnyDigest, Digest, Reference, Slice};
+use oci::{AnyDigest, Digest, Reference};
 
 use super::error::{CacheError, Thing};
+use super::head::{by_head, size_by_first_byte, told_size};
 use super::negative::Refusal;
 use super::visit::Visit;
-use super::{Cache, SHARED_REFUSAL, Shown, ask, manifest_ask};
+use super::{Cache, SHARED_REFUSAL, Shown};
 use crate::deadline::Deadline;
 use crate::names::{CredentialId, Source};
 use crate::store::catalog::{Change, Kind, Membership, Proof};
-use crate::upstream::{Ask, Fault, Method, Refused, Resource, Upstream, UpstreamError};
+use crate::upstream::{Fault, Refused, Resource, UpstreamError};
 
 /// This repository holds this digest. Only this file makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -177,15 +178,11 @@ impl Cache {
             Thing::Manifest => Resource::Manifest(Reference::Digest(digest)),
             Thing::Blob | Thing::Tags | Thing::Referrers => Resource::Blob(digest),
         };
-        let asked = upstream.ask(
-            ask(visit, resource.clone(), Method::Head),
-            Deadline::for_answer(),
-        );
-        match asked.await {
+        match by_head(upstream, visit, &resource).await {
             Ok(answer) => {
                 self.lift(visit, answer.allowed()).await;
                 let mut probe = Probe {
-                    size: answer.content_length(),
+                    size: told_size(&answer, &resource),
                     credential: answer.credential().clone(),
                 };
                 if probe.size.is_none() && thing == Thing::Blob {
@@ -282,8 +279,8 @@ impl Cache {
             return true;
         };
         let reference = Reference::Digest(latest.digest.into());
-        let head = manifest_ask(visit, reference, Method::Head);
-        match origin.upstream.ask(head, Deadline::for_answer()).await {
+        let latest = Resource::Manifest(reference);
+        match by_head(&origin.upstream, visit, &latest).await {
             Ok(answer) => {
                 self.lift(visit, answer.allowed()).await;
                 false
@@ -312,11 +309,11 @@ impl Cache {
         error: &Arc<UpstreamError>,
     ) -> CacheError {
         let source = &visit.source;
-        let Some((refusal, refused_)) = refusal_in(error.fault()) else {
+        let Some((refusal, refused_)) = refusal_in(thing, error.fault()) else {
             return CacheError::Upstream(Arc::clone(error));
         };
         let ttl = match refusal {
-            Refusal::Unknown => self
+            Refusal::Unknown(_) => self
                 .origin(source)
                 .map(|origin| origin.rules.negative_ttl)
                 .unwrap_or_default(),
@@ -339,23 +336,12 @@ impl Cache {
     }
 }
 
-/// The size of a blob whose HEAD does not tell it. What a manifest tells is no size to give on: anyone can push one that lies.
-async fn size_by_first_byte(upstream: &Upstream, visit: &Visit, resource: Resource) -> Option<u64> {
-    let first = Ask {
-        range: Some(Slice { start: 0, end: 1 }),
-        ..ask(visit, resource, Method::Get)
-    };
-    let answer = upstream.ask(first, Deadline::for_answer()).await.ok()?;
-    match answer.content_range() {
-        Some(range) => range.total,
-        None => answer.content_length().filter(|_| answer.status() == 200),
-    }
-}
-
 /// What of an upstream's answer is a refusal.
-fn refusal_in(fault: &Fault) -> Option<(Refusal, Option<Refused>)> {
+fn refusal_in(thing: Thing, fault: &Fault) -> Option<(Refusal, Option<Refused>)> {
     match fault {
-        Fault::NotFound { .. } => Some((Refusal::Unknown, None)),
+        Fault::NotFound { code } => {
+            Some((Refusal::Unknown(thing.code_told(code.as_deref())), None))
+        }
         Fault::Denied { refused, .. } => Some((Refusal::Denied, Some(*refused))),
         Fault::Connect(_)
         | Fault::Late
@@ -377,7 +363,7 @@ fn refusal_in(fault: &Fault) -> Option<(Refusal, Option<Refused>)> {
 
 /// An upstream's refusal as one client's answer, of which nothing is remembered.
 pub(super) fn refusal_alone(source: &Source, thing: Thing, error: UpstreamError) -> CacheError {
-    match refusal_in(error.fault()) {
+    match refusal_in(thing, error.fault()) {
         Some((refusal, _)) => refused(source, thing, refusal),
         None => CacheError::Upstream(Arc::new(error)),
     }
@@ -386,8 +372,9 @@ pub(super) fn refusal_alone(source: &Source, thing: Thing, error: UpstreamError)
 /// The error that a remembered refusal means.
 pub(super) fn refused(source: &Source, thing: Thing, refusal: Refusal) -> CacheError {
     match refusal {
-        Refusal::Unknown => CacheError::Unknown {
+        Refusal::Unknown(code) => CacheError::Unknown {
             thing,
+            code,
             source_: source.clone(),
         },
         Refusal::Denied => CacheError::Denied {

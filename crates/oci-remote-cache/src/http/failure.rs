@@ -10,7 +10,7 @@ use oci::{ErrorCode, ManifestError, RouteError};
 use super::doorman;
 use super::problem::{Problem, Status};
 use crate::cache::warm::WarmError;
-use crate::cache::{CacheError, Fault, FillError, Thing, UpstreamError};
+use crate::cache::{CacheError, Fault, FillError, UpstreamError};
 use crate::names::Source;
 use crate::policy::{Refusal, Unknown};
 
@@ -56,9 +56,12 @@ pub fn of_refusal(refusal: Refusal) -> Problem {
 pub fn of_cache(error: &CacheError) -> Problem {
     let message = error.to_string();
     match error {
-        CacheError::Unknown { thing, .. }
-        | CacheError::NotHeld { thing, .. }
-        | CacheError::NotKept { thing, .. } => Problem::not_found(code_of(*thing), message),
+        CacheError::Unknown { thing, code, .. } => {
+            Problem::not_found(code.unwrap_or(thing.code()), message)
+        }
+        CacheError::NotHeld { thing, .. } | CacheError::NotKept { thing, .. } => {
+            Problem::not_found(thing.code(), message)
+        }
         CacheError::Denied { .. } | CacheError::NotPublic { .. } => Problem::denied(message),
         CacheError::LogIn { .. } => doorman::unauthorized(&message),
         CacheError::Upstream(error) => of_upstream(error),
@@ -118,14 +121,6 @@ fn of_upstream(error: &UpstreamError) -> Problem {
         | Fault::Forbidden(_)
         | Fault::TooLarge
         | Fault::Encoded(_) => Problem::bad_gateway(ErrorCode::Unavailable, message),
-    }
-}
-
-fn code_of(thing: Thing) -> ErrorCode {
-    match thing {
-        Thing::Manifest | Thing::Referrers => ErrorCode::ManifestUnknown,
-        Thing::Blob => ErrorCode::BlobUnknown,
-        Thing::Tags => ErrorCode::NameUnknown,
     }
 }
 

@@ -143,18 +143,25 @@ impl<'a> Session<'a> {
     }
 
     /// Picks up what the registry is known to want, before the first send.
-    pub(super) async fn prepare(&mut self) {
-        let scopes = match self.place.learned.manners.get(&self.ask.repository) {
-            Some(Manner::Bare) => return,
+    pub(super) async fn prepare(&mut self) -> Result<(), Failure> {
+        let manner = self.place.learned.manners.get(&self.ask.repository);
+        let known = manner.is_some();
+        let scopes = match manner {
+            Some(Manner::Bare) => return Ok(()),
             Some(Manner::Scopes(scopes)) => scopes.to_vec(),
-            None if self.place.learned.answers_bare.load(Ordering::Relaxed) => return,
+            None if self.place.learned.answers_bare.load(Ordering::Relaxed) => return Ok(()),
             None => vec![oci::pull_scope(&self.ask.repository)],
         };
         match self.place.learned.challenge() {
             Some(Challenge::Bearer(bearer)) => {
-                // A failure here is no verdict: the bare request may be answered, or name another realm.
-                if let Ok(token) = self.token(&bearer, scopes).await {
-                    self.carried = Carried::Token(token);
+                match self.token(&bearer, scopes).await {
+                    Ok(token) => self.carried = Carried::Token(token),
+                    // Of this repository it is known what a bare request would be told, each time.
+                    Err(failure) if known && matches!(failure.fault, Fault::RateLimited { .. }) => {
+                        return Err(failure);
+                    }
+                    // Any other failure is no verdict: the bare request may be answered, or name another realm.
+                    Err(_failure) => {}
                 }
             }
             Some(Challenge::Basic { .. }) if self.credentials.is_some() => {
@@ -162,6 +169,7 @@ impl<'a> Session<'a> {
             }
             Some(Challenge::Basic { .. } | Challenge::Other { .. }) | None => {}
         }
+        Ok(())
     }
 
     /// Asks for `url`, which lies at the registry's own origin. What comes back is its last word, a refusal too.

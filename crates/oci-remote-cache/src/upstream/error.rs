@@ -7,6 +7,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::heads;
 use crate::names::UpstreamId;
 use crate::verdict::Why;
 
@@ -206,6 +207,11 @@ impl Fault {
             | Self::TooLarge
             | Self::Encoded(_) => false,
         }
+    }
+
+    /// Whether it may be the method that was refused, where that was HEAD.
+    pub fn is_of_head(&self) -> bool {
+        matches!(self, Self::Status(status) if heads::is_refusal(*status))
     }
 
     fn why(&self) -> Why {

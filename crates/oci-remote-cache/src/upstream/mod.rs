@@ -12,6 +12,7 @@ mod credentials;
 mod error;
 mod exchange;
 mod guard;
+mod heads;
 mod hosts;
 #[cfg(fuzzing)]
 mod inward;
@@ -48,6 +49,7 @@ use self::connect::Reach;
 use self::error::Failure;
 use self::exchange::Wire;
 use self::guard::{Class, Rules};
+use self::heads::Heads;
 use self::meter::Meter;
 use self::place::Place;
 use self::rate::Gate;
@@ -258,6 +260,7 @@ fn open(settings: &Settings, url: &Url, wire: &Wire, trust: &Trust) -> Result<Pl
         wire: wire.clone(),
         reach: Reach::new(rules, trust.clone(), settings.proxy.clone()),
         learned: Learned::new(),
+        heads: Heads::default(),
         tokens: Tokens::default(),
         gate: Gate::default(),
         meter: Meter::default(),

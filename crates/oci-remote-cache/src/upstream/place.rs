@@ -14,6 +14,7 @@ use super::connect::Reach;
 use super::credentials::{Credentials, Identity};
 use super::error::{Failure, Fault, SetupError};
 use super::exchange::{Reply, Wire};
+use super::heads::Heads;
 use super::hosts::RealmHost;
 use super::keyring::Keyring;
 use super::meter::{Meter, Reading};
@@ -33,6 +34,7 @@ pub(super) struct Place {
     pub(super) wire: Wire,
     pub(super) reach: Reach,
     pub(super) learned: Learned,
+    pub(super) heads: Heads,
     pub(super) tokens: Tokens,
     pub(super) gate: Gate,
     pub(super) meter: Meter,

@@ -1,14 +1,16 @@
 //! Rate limits: what `Retry-After` says, and the gate that keeps every request away until the time has come.
 //!
-//! A gate belongs to one place with its one credential; all requests to it share it, so that a 429 is asked for once. What is left
-//! before that is `meter.rs`'s.
+//! A gate belongs to one place with its one credential; all requests to it share it, so that a 429 is asked for once. Token endpoints
+//! have theirs, for each credential shown there. What is left before that is `meter.rs`'s.
 
 use std::sync::Mutex;
 use std::time::Duration;
 
+use quick_cache::sync::Cache as Memory;
 use tokio::time::Instant;
 
 use crate::clock::Timestamp;
+use crate::names::CredentialId;
 
 /// How long a gate stays closed when a 429 does not say (or not readably).
 pub(super) const UNSAID: Duration = Duration::from_secs(10);
@@ -18,6 +20,9 @@ const LONGEST: Duration = Duration::from_mins(5);
 
 /// Docker Hub has sent the moment itself, in Unix seconds, where a count of seconds belongs (hub-feedback 2459).
 const EPOCH_FROM: i64 = 1_000_000_000;
+
+/// Gates of token endpoints held at most.
+const GATES: usize = 1024;
 
 /// Closed until a moment. Starts open.
 #[derive(Debug, Default)]
@@ -39,6 +44,37 @@ impl Gate {
         if let Ok(mut held) = self.until.lock() {
             *held = Some(held.map_or(until, |held| held.max(until)));
         }
+    }
+}
+
+/// The gates of token endpoints: what one login used up keeps no other out, nor those who show none.
+#[derive(Debug)]
+pub(super) struct RealmGates {
+    until: Memory<(CredentialId, String), Instant>,
+}
+
+impl Default for RealmGates {
+    fn default() -> Self {
+        Self {
+            until: Memory::new(GATES),
+        }
+    }
+}
+
+impl RealmGates {
+    /// How long the endpoint stays closed to a credential; nothing when it is open.
+    pub(super) fn closed_for(
+        &self,
+        whose: &(CredentialId, String),
+        now: Instant,
+    ) -> Option<Duration> {
+        let left = self.until.get(whose)?.saturating_duration_since(now);
+        (!left.is_zero()).then_some(left)
+    }
+
+    /// Closes it for `time`.
+    pub(super) fn close(&self, whose: (CredentialId, String), time: Duration, now: Instant) {
+        self.until.insert(whose, now + time);
     }
 }
 

@@ -167,6 +167,19 @@ impl Ask {
         }
     }
 
+    /// The question for a blob's first byte that stands for one by HEAD.
+    pub(super) fn for_first_byte(&self) -> Self {
+        Self {
+            method: Method::Get,
+            range: Some(Slice { start: 0, end: 1 }),
+            ..self.clone()
+        }
+    }
+
+    pub(super) fn is_manifest(&self) -> bool {
+        matches!(self.resource, Resource::Manifest(_))
+    }
+
     pub(super) fn is_blob_head(&self) -> bool {
         self.method == Method::Head && matches!(self.resource, Resource::Blob(_))
     }

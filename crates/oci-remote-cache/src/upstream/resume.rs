@@ -1,8 +1,9 @@
 //! A blob's bytes from an upstream, unbroken: what breaks is reopened at its offset behind the reader's back.
 //!
 //! A body that resets, ends short, stalls or whose signed URL died is asked for again from where it stopped, as a closed range (several
-//! registries answer open-ended ones with 416 or with everything). What comes back must fit: offset, total and validator. Tries count
-//! only while no byte comes; configured mirrors take turns.
+//! registries answer open-ended ones with 416 or with everything). What comes back must fit: offset, total and validator. Where the
+//! answers to ranges never do, all of it is asked for and skipped up to the break. Tries count only while no byte comes; configured
+//! mirrors take turns.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,12 +51,22 @@ pub struct BlobStream {
     end: Option<u64>,
     total: Option<u64>,
     validator: Option<String>,
+    ranges: Ranges,
     credential: CredentialId,
     body: Option<Body>,
     skip: u64,
     failures: u32,
     trouble: Option<UpstreamError>,
     not_before: Option<Instant>,
+}
+
+/// Whether the rest is asked for as a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ranges {
+    Asked,
+    /// The last answer to one was a refusal, or did not fit.
+    Unfit,
+    LeftOut,
 }
 
 impl BlobAsk {
@@ -82,7 +93,15 @@ impl BlobAsk {
         let (answer, place) = self.first_answer(range, deadline).await?;
         self.place = place;
         let mut stream = self.stream(range.map_or(0, |range| range.start));
-        stream.accept(answer)?;
+        if let Err(error) = stream.accept(answer) {
+            if range.is_none() {
+                return Err(error);
+            }
+            tracing::info!(%error, "a range was answered badly; asking for everything");
+            let (answer, place) = stream.ask.first_answer(None, deadline).await?;
+            (stream.ask.place, stream.ranges) = (place, Ranges::LeftOut);
+            stream.accept(answer)?;
+        }
         let end = range.map(|range| range.end);
         stream.end = match (end, stream.total) {
             (Some(end), Some(total)) => Some(end.min(total)),
@@ -124,6 +143,7 @@ impl BlobAsk {
             end: None,
             total: None,
             validator: None,
+            ranges: Ranges::Asked,
             credential: CredentialId::anonymous(),
             body: None,
             skip: 0,
@@ -244,13 +264,24 @@ impl BlobStream {
             sleep_until(moment).await;
             self.not_before = None;
         }
-        let range = self.end.map(|end| Slice {
+        let rest = self.end.map(|end| Slice {
             start: self.position,
             end,
         });
+        let range = rest.filter(|_| self.ranges != Ranges::LeftOut);
         let ask = self.ask.ask(range, self.ask.place);
         match self.ask.upstream.send(&ask, Deadline::for_answer()).await {
-            Ok(answer) => self.accept(answer),
+            Ok(answer) => {
+                let accepted = self.accept(answer);
+                if accepted.is_err() && range.is_some() {
+                    self.ranges = Ranges::Unfit;
+                }
+                accepted
+            }
+            Err(error) if range.is_some() && matches!(error.fault(), Fault::RangeRefused) => {
+                self.ranges = Ranges::Unfit;
+                Err(error)
+            }
             Err(error) if self.ask.upstream.is_to_strangers(&ask, &error) => {
                 Err(self.broken("a mirror that refuses strangers"))
             }
@@ -296,10 +327,21 @@ impl BlobStream {
         self.body = None;
         self.failures += 1;
         let places = self.ask.upstream.places();
-        let refused = matches!(
-            error.fault(),
-            Fault::Denied { .. } | Fault::NotFound { .. } | Fault::RangeRefused
-        );
+        let unfit = self.ranges == Ranges::Unfit;
+        if unfit {
+            // Another place may know ranges better; after all of them nothing is left but to read from the beginning.
+            let all_asked = self.failures as usize >= places;
+            self.ranges = if all_asked {
+                Ranges::LeftOut
+            } else {
+                Ranges::Asked
+            };
+        }
+        let refused = !unfit
+            && matches!(
+                error.fault(),
+                Fault::Denied { .. } | Fault::NotFound { .. } | Fault::RangeRefused
+            );
         if self.failures > TRIES || (refused && places == 1) {
             return Err(error);
         }

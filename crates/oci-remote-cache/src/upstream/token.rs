@@ -18,6 +18,7 @@ use super::connect::{Door, Lane};
 use super::credentials::Credentials;
 use super::error::{Failure, Fault, Refused};
 use super::exchange::{Call, Reply, Whole, Wire};
+use super::rate::{self, RealmGates};
 use super::redirect::{Origin, Trail};
 use super::retry::{Decision, Tries};
 use crate::clock::Timestamp;
@@ -61,6 +62,7 @@ pub(super) struct Wanted {
 pub(super) struct Tokens {
     slots: Mutex<HashMap<Key, Slot>>,
     serials: AtomicU64,
+    limits: RealmGates,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -154,6 +156,9 @@ impl Tokens {
             }
             _ => {}
         }
+        if let Some(retry_after) = self.limits.closed_for(&key.endpoint(), now) {
+            return Found::Settled(Err(Fault::RateLimited { retry_after }.into()));
+        }
         if slots.len() >= SWEEP_FROM {
             slots.retain(|_key, slot| slot.is_of_use(now));
         }
@@ -186,6 +191,14 @@ impl Tokens {
                 usable: Some(usable),
             }) => slots.insert(key, Slot::Ready(token.clone(), now + *usable)),
             Ok(Fresh { usable: None, .. }) => slots.remove(&key),
+            Err(Failure {
+                fault: Fault::RateLimited { retry_after },
+                ..
+            }) => {
+                // It is the endpoint that wants to be left alone, whatever is asked of it.
+                self.limits.close(key.endpoint(), *retry_after, now);
+                slots.remove(&key)
+            }
             Err(failure) => slots.insert(key, Slot::Failed(failure.clone(), now + FAILURE_FOR)),
         };
     }
@@ -201,6 +214,11 @@ impl Key {
             service: wanted.service.clone(),
             scopes,
         }
+    }
+
+    /// Whom a rate limit of the endpoint is for.
+    fn endpoint(&self) -> (CredentialId, String) {
+        (self.credential.clone(), self.realm.clone())
     }
 }
 
@@ -287,7 +305,7 @@ impl Wanted {
     }
 }
 
-/// Fetches a token, trying again where a moment may help.
+/// Fetches a token, trying again where a moment may help. A rate limit is waited for by who wants the token, if at all.
 async fn fetch(wanted: &Wanted, serial: u64, wire: &Wire, door: &Door) -> Result<Fresh, Failure> {
     let deadline = Deadline::after(FETCH_LIMIT);
     let mut tries = Tries::new();
@@ -296,6 +314,9 @@ async fn fetch(wanted: &Wanted, serial: u64, wire: &Wire, door: &Door) -> Result
             Ok(reply) => break reply,
             Err(failure) => failure,
         };
+        if matches!(failure.fault, Fault::RateLimited { .. }) {
+            return Err(failure);
+        }
         match tries.after(&failure, deadline.remaining()) {
             Decision::Again(pause) => tokio::time::sleep(pause).await,
             Decision::GiveUp => return Err(as_token_fault(failure)),
@@ -363,7 +384,7 @@ fn judged(reply: Reply, wanted: &Wanted, wire: &Wire) -> Result<Reply, Failure> 
             },
         },
         429 => Fault::RateLimited {
-            retry_after: retry_after.unwrap_or(super::rate::UNSAID),
+            retry_after: retry_after.unwrap_or(rate::UNSAID),
         },
         status => Fault::Status(status),
     };

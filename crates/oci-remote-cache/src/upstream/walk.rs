@@ -4,6 +4,7 @@
 //! asked once more.
 
 use oci::{Challenge, ContentRange};
+use tokio::time::Instant;
 use url::Url;
 
 use super::auth::{Session, realm};
@@ -16,6 +17,9 @@ use super::request::{Ask, Method};
 use super::token::{Token, Wanted};
 use crate::deadline::Deadline;
 use crate::names::CredentialId;
+
+/// By which a manifest's HEAD is known to be refused.
+const HEAD_NOT_ALLOWED: u16 = 405;
 
 /// Who gave the last answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +34,7 @@ enum Speaker {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asked {
     AsIs,
-    /// The first byte, to learn a blob's size: signed URLs are good for GET only.
+    /// The first byte, to learn a blob's size: signed URLs are good for GET only, and some registries know no HEAD.
     FirstByte,
 }
 
@@ -50,16 +54,54 @@ struct Guest {
     token: Token,
 }
 
-/// Asks `place` once, and once more if the signed URL it gave out has expired.
+/// Asks `place` once, and once more if the signed URL it gave out has expired. A blob's HEAD that is refused for its method becomes a GET
+/// of the first byte.
 pub(super) async fn attempt(
     place: &Place,
     ask: &Ask,
     label: &Label,
     deadline: Deadline,
 ) -> Result<Answer, Failure> {
+    let refused = place.heads.are_refused(ask, Instant::now());
+    if !ask.is_blob_head() {
+        if refused {
+            return Err(Fault::Status(HEAD_NOT_ALLOWED).into());
+        }
+        return Box::pin(attempt_as(place, ask, Asked::AsIs, (label, deadline))).await;
+    }
+    if !refused {
+        let by_head = Box::pin(attempt_as(place, ask, Asked::AsIs, (label, deadline))).await;
+        match by_head {
+            Err(failure) if failure.fault.is_of_head() => {}
+            answered => return answered,
+        }
+    }
+    let first = ask.for_first_byte();
+    let answer = Box::pin(attempt_as(
+        place,
+        &first,
+        Asked::FirstByte,
+        (label, deadline),
+    ))
+    .await?;
+    if !refused {
+        place.heads.note(ask, Instant::now());
+    }
+    Ok(answer)
+}
+
+async fn attempt_as(
+    place: &Place,
+    ask: &Ask,
+    asked: Asked,
+    (label, deadline): (&Label, Deadline),
+) -> Result<Answer, Failure> {
     let mut fresh_url_left = true;
     loop {
-        let arrived = Box::pin(walk(place, ask, deadline)).await?;
+        let mut arrived = Box::pin(walk(place, ask, deadline)).await?;
+        if asked == Asked::FirstByte {
+            arrived.asked = asked;
+        }
         if !is_expired(&arrived) {
             return Box::pin(settle(arrived, place, ask, label, deadline)).await;
         }
@@ -79,7 +121,7 @@ async fn walk(place: &Place, ask: &Ask, deadline: Deadline) -> Result<Arrived, F
         .admit(&start, &start, start.as_str())
         .map_err(|refusal| Fault::Forbidden(refusal.to_string()))?;
     let mut session = Session::new(place, &door, ask, deadline).await?;
-    session.prepare().await;
+    session.prepare().await?;
     let mut reply = session.send(&start).await?;
     let mut trail = Trail::from(&start);
     let mut guest = None;
@@ -191,7 +233,7 @@ async fn settle(
     let reply = &arrived.reply;
     let status = reply.status();
     let length = match (arrived.asked, status) {
-        (Asked::FirstByte, 200 | 206 | 416) => Some(probed_length(reply)?),
+        (Asked::FirstByte, 200 | 206 | 416) => probed_length(reply)?,
         (Asked::AsIs, 200) => None,
         (Asked::AsIs, 206) if ask.range.is_some() => None,
         _ => return Err(refused(arrived, place, ask, deadline).await),
@@ -202,7 +244,11 @@ async fn settle(
         Asked::FirstByte => Method::Head,
     };
     let head = Head {
-        status: if length.is_some() { 200 } else { status },
+        status: if arrived.asked == Asked::FirstByte {
+            200
+        } else {
+            status
+        },
         length,
         credential: arrived.credential,
         method,
@@ -215,6 +261,9 @@ async fn refused(arrived: Arrived, place: &Place, ask: &Ask, deadline: Deadline)
     let reply = arrived.reply;
     let retry_after = place.wire.retry_after(&reply);
     let status = reply.status();
+    if matches!(status, 405 | 501) && ask.is_manifest() {
+        place.heads.note(ask, Instant::now());
+    }
     let fault = match status {
         401 | 403 => {
             place.keyring.doubt();
@@ -243,19 +292,23 @@ async fn code(reply: Reply, ask: &Ask, deadline: Deadline) -> Option<String> {
     }
 }
 
-/// A blob's size by the answer to a request for its first byte. An empty blob has none: `416`, `bytes */0`.
-fn probed_length(reply: &Reply) -> Result<u64, Fault> {
+/// A blob's size by the answer to a request for its first byte. An empty blob has none: `416`, `bytes */0`. Who ignores ranges and sends
+/// all in chunks tells no size.
+fn probed_length(reply: &Reply) -> Result<Option<u64>, Fault> {
     let content_range = reply.header("content-range");
     let length = match reply.status() {
         206 => content_range
             .and_then(ContentRange::parse)
             .and_then(|range| range.total),
         416 => content_range.and_then(|value| value.trim().strip_prefix("bytes */")?.parse().ok()),
-        _ => reply
-            .header("content-length")
-            .and_then(|value| value.parse().ok()),
+        _ => {
+            let length = reply.header("content-length");
+            return Ok(length.and_then(|value| value.parse().ok()));
+        }
     };
-    length.ok_or_else(|| Fault::Broken("the content host does not tell the size".to_owned()))
+    let untold =
+        || Fault::Broken("the answer for the first byte does not tell the size".to_owned());
+    length.map(Some).ok_or_else(untold)
 }
 
 /// Refuses encoded bodies: they have another length, other ranges and another digest.

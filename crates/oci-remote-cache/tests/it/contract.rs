@@ -175,8 +175,9 @@ async fn a_useless_head_falls_back_to_a_get_of_the_tag() {
     );
     let refusals = [
         silent,
-        faults::error(405, "UNSUPPORTED", &[]),
         faults::error(403, "DENIED", &[]),
+        // Remembered, so it comes last.
+        faults::error(405, "UNSUPPORTED", &[]),
     ];
     for refusal in refusals {
         registry.clear_scripts();
@@ -714,4 +715,53 @@ async fn over(connection: &mut Connection, path: &str, content: &Content) {
         content.media_type.as_str()
     };
     assert_eq!(answer.header("content-type"), Some(kind));
+}
+
+/// What a 404 is called is the upstream's to say, in the specification's words: oras tells by it a missing repository from a registry
+/// without referrers. Anything else is called what it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_404_keeps_the_upstreams_code() {
+    let (registry, cache) = up().await;
+    let digest = Content::blob(1, "nowhere").digest;
+    let manifest = "MANIFEST_UNKNOWN";
+    for (path, name, usual, unsupported) in [
+        ("manifests/t".to_owned(), "manifest", manifest, manifest),
+        (
+            format!("blobs/{digest}"),
+            "blob",
+            "BLOB_UNKNOWN",
+            "BLOB_UNKNOWN",
+        ),
+        (
+            "tags/list".to_owned(),
+            "tags",
+            "NAME_UNKNOWN",
+            "UNSUPPORTED",
+        ),
+        (
+            format!("referrers/{digest}"),
+            "referrers",
+            manifest,
+            "UNSUPPORTED",
+        ),
+    ] {
+        let codes = [
+            ("NAME_UNKNOWN", "NAME_UNKNOWN"),
+            ("UNSUPPORTED", unsupported),
+            ("UNKNOWN", usual),
+            ("TOOMANYREQUESTS", usual),
+        ];
+        for (said, told) in codes {
+            registry.clear_scripts();
+            registry.script(Matcher::any(), faults::error(404, said, &[]));
+            let repo = format!("{name}/{}", said.to_ascii_lowercase());
+            // The second answer is remembered.
+            let ask = || cache.send(Request::get(&format!("/v2/up/{repo}/{path}")));
+            let (first, second) = (ask().await, ask().await);
+            assert_refused(&second, &[404]);
+            let codes = [first.error_code(), second.error_code()];
+            assert_eq!(codes, [told, told], "{name} {said}");
+        }
+    }
+    cache.check_invariants().await;
 }

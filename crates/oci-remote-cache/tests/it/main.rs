@@ -35,6 +35,8 @@ mod floors;
 #[cfg(test)]
 mod freshness;
 #[cfg(test)]
+mod heads;
+#[cfg(test)]
 mod hygiene;
 #[cfg(test)]
 mod injection;

@@ -86,6 +86,29 @@ async fn a_head_tells_the_true_size_or_none() {
     cache.check_invariants().await;
 }
 
+/// Only of the empty blob is it true.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_that_says_nothing_is_there_is_not_believed() {
+    let (registry, cache) = up().await;
+    let (blob, empty) = (Content::blob(5000, "of some"), Content::blob(0, ""));
+    for blob in [&blob, &empty] {
+        registry.put_blob(REPO, blob);
+    }
+    let zero = faults::status(200, &[], "");
+    registry.script((Kind::Blob, "HEAD"), zero);
+    for (blob, size) in [(&blob, 5000), (&empty, 0)] {
+        let head = Request::head(&blob_path("up", REPO, blob.digest));
+        let told = cache.send(head).await;
+        assert_eq!(
+            (told.status, told.number("content-length")),
+            (200, Some(size)),
+            "{told}"
+        );
+    }
+    assert_eq!(registry.count((Kind::Blob, "GET")), 1);
+    cache.check_invariants().await;
+}
+
 /// Pieces of a blob that was said to have another size are let go of; wrong bytes that come then are the upstream's own.
 #[tokio::test(flavor = "multi_thread")]
 async fn pieces_of_another_size_are_not_blamed_for_wrong_bytes() {

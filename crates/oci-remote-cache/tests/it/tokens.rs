@@ -12,7 +12,7 @@ use testbed::{
 };
 use tokio::time::Instant;
 
-use crate::stage::{REPO, assert_holds_nothing, assert_refused, up_as};
+use crate::stage::{REPO, assert_holds_nothing, assert_refused, said, up_as};
 
 const REFRESH: &str = "refresh-token-0123456789";
 
@@ -368,4 +368,57 @@ async fn a_refresh_token_is_never_sent_on() {
         cache.check_invariants().await;
     }
     assert_eq!(elsewhere.connections(), 0);
+}
+
+/// The endpoint's 429 is a rate limit like the registry's: passed on, and kept for as long as it says, whatever token is wanted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_endpoints_rate_limit_is_kept() {
+    let (registry, cache) = up_as(|upstream| upstream).await;
+    registry.put_image(&ImageSpec::new(REPO, "v1"));
+    registry.require(Bearer::of(&TokenServer::at(&registry)));
+    let limited = faults::error(429, "TOOMANYREQUESTS", &[("Retry-After", "60")]);
+    registry.script(Kind::Token, limited);
+    for repo in [REPO, REPO, "other/app"] {
+        let answer = cache.manifest("up", repo, "v1").await;
+        assert_refused(&answer, &[429]);
+        assert_eq!(answer.error_code(), "TOOMANYREQUESTS");
+        let wait = answer.number("retry-after").unwrap_or_default();
+        assert!((55..=65).contains(&wait), "Retry-After {wait}");
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+    }
+    assert_eq!(registry.count(Kind::Token), 1);
+    assert!(registry.count(Kind::Manifest) <= 2, "the second is spared");
+    cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_held_is_served_while_the_token_endpoint_limits_us() {
+    let (registry, cache) = up_as(|upstream| upstream.tag_ttl("0s")).await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let tokens = TokenServer::at(&registry);
+    registry.require(Bearer::of(&tokens));
+    cache.pull("up", &image).await;
+    tokens.revoke_all();
+    let limited = faults::error(429, "TOOMANYREQUESTS", &[("Retry-After", "60")]);
+    registry.script(Kind::Token, limited);
+    for _ in 0..2 {
+        let stale = cache.manifest("up", REPO, "v1").await;
+        assert_good(&stale, &image.manifest);
+        assert!(said(&stale).contains("detail=rate-limited"), "{stale}");
+    }
+    cache.check_invariants().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_endpoints_short_rate_limit_is_waited_for_once() {
+    for (times, status) in [(1, 200), (9, 429)] {
+        let (registry, cache) = up_as(|upstream| upstream).await;
+        registry.put_image(&ImageSpec::new(REPO, "v1"));
+        registry.require(Bearer::of(&TokenServer::at(&registry)));
+        let limited = faults::error(429, "TOOMANYREQUESTS", &[("Retry-After", "1")]);
+        registry.script(Matcher::from(Kind::Token).times(times), limited);
+        assert_eq!(cache.manifest("up", REPO, "v1").await.status, status);
+        assert_eq!(registry.count(Kind::Token), 2);
+        cache.check_invariants().await;
+    }
 }

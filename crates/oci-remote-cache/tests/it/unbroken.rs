@@ -5,8 +5,8 @@ use std::time::Duration;
 use testbed::cache::blob_path;
 use testbed::image::OCI_MANIFEST;
 use testbed::{
-    CacheProcess, Content, Ending, Entry, Gate, Handler, ImageSpec, Kind, Matcher, Origin,
-    Registry, Request, Response, ServeOptions, Upstream, assert_good, faults,
+    CacheProcess, Content, Ending, Entry, Exchange, Gate, Handler, ImageSpec, Kind, Matcher,
+    Origin, Registry, Request, Response, ServeOptions, Upstream, assert_good, faults,
 };
 use tokio::time::{Instant, sleep};
 
@@ -92,6 +92,81 @@ async fn a_registry_without_ranges_is_read_again_up_to_the_break() {
     assert_eq!(registry.count(Kind::Blob), 2);
     assert_holds(&cache, [&blob]).await;
     cache.check_invariants().await;
+}
+
+/// Registries, and what stands before them, that answer ranges badly: refused, from the beginning, or without saying what it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_answers_ranges_badly_is_read_again_up_to_the_break() {
+    let blob = Content::blob(SIZE, "badly answered");
+    let all = format!("bytes 0-{}/{SIZE}", SIZE - 1);
+    let none = format!("bytes */{SIZE}");
+    let longer = format!("bytes {HALF}-{}/{}", SIZE - 1, SIZE + 5);
+    let rest = blob.data.slice(SIZE / 2..);
+    for bad in [
+        faults::status(416, &[("Content-Range", &none)], ""),
+        faults::status(206, &[("Content-Range", &all)], blob.data.clone()),
+        faults::status(206, &[], rest.clone()),
+        faults::status(206, &[("Content-Range", &longer)], rest),
+    ] {
+        let (registry, cache) = up().await;
+        registry.put_blob(REPO, &blob);
+        let to_ranges = Handler::new(move |exchange: Exchange| match exchange.header("range") {
+            Some(_) => bad.call(exchange),
+            None => faults::usual().call(exchange),
+        });
+        let broken = faults::serve(&blob, ServeOptions::new().stop_at(HALF));
+        blob_gets(&registry, vec![broken, to_ranges]);
+        let response = fetch(&cache, &blob).await;
+        assert!(response.is_right(), "{response}");
+        assert_eq!(registry.count(Kind::Blob), 3);
+        assert_holds(&cache, [&blob]).await;
+        cache.check_invariants().await;
+    }
+}
+
+/// The same where the range is a client's, of a blob that nobody has asked for yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_range_that_is_answered_badly_is_taken_out_of_everything() {
+    let blob = Content::blob(48 << 20, "asked for by its end");
+    let all = format!("bytes 0-{}/{}", blob.size() - 1, blob.size());
+    let from_start = faults::status(206, &[("Content-Range", &all)], blob.data.clone());
+    let unsaid = faults::status(206, &[], blob.data.slice(..1000));
+    // With the size told by a manifest the range is what is asked for first.
+    for (bad, told) in [
+        (from_start.clone(), false),
+        (unsaid.clone(), false),
+        (from_start, true),
+        (unsaid, true),
+    ] {
+        let (registry, cache) = up().await;
+        registry.put_blob(REPO, &blob);
+        let config = Content::blob(20, "config");
+        let manifest = Content::manifest(&config, std::slice::from_ref(&blob), OCI_MANIFEST);
+        registry.put_manifest(REPO, Some("v1"), &manifest);
+        if told {
+            assert_good(&cache.manifest("up", REPO, "v1").await, &manifest);
+        }
+        let to_ranges = Handler::new(move |exchange: Exchange| match exchange.header("range") {
+            Some(_) => bad.call(exchange),
+            None => faults::usual().call(exchange),
+        });
+        registry.script((Kind::Blob, "GET"), to_ranges);
+        let path = blob_path("up", REPO, blob.digest);
+        let first = blob.size() - 1000;
+        let tail = Request::get(&path)
+            .range(&format!("{first}-{}", blob.size() - 1))
+            .compare_from(&blob.data, first);
+        let tail = tail.send(cache.port()).await;
+        assert_eq!((tail.status, tail.right), (206, Some(true)), "{tail}");
+        assert!(fetch(&cache, &blob).await.is_right());
+        assert!(
+            registry
+                .entries(Kind::Blob)
+                .iter()
+                .any(|entry| entry.header("range").is_some())
+        );
+        cache.check_invariants().await;
+    }
 }
 
 /// F04
