@@ -4,6 +4,7 @@
 //! empty and trailing parameters, any letter case. Reading never fails; what cannot be read is skipped. Where a realm
 //! may be asked, and with which credentials, is decided elsewhere.
 
+use crate::field::{quoted, take_until};
 use crate::name::RepositoryName;
 
 /// Longest header looked at.
@@ -221,29 +222,6 @@ fn parameter<'a>(name: &'a str, rest: &mut &'a str) -> Parameter<'a> {
         value: take_until(rest, [',', ' ', '\t']).to_owned(),
         form: Form::Bare,
     }
-}
-
-fn take_until<'a, const N: usize>(rest: &mut &'a str, ends: [char; N]) -> &'a str {
-    let at = rest.find(ends).unwrap_or(rest.len());
-    let (taken, left) = rest.split_at(at);
-    *rest = left;
-    taken
-}
-
-/// Takes a quoted string with its escapes; one without an end goes to the end of the line.
-fn quoted(rest: &mut &str) -> String {
-    let mut value = String::new();
-    let mut characters = rest.chars();
-    characters.next();
-    while let Some(character) = characters.next() {
-        match character {
-            '"' => break,
-            '\\' => value.extend(characters.next()),
-            _ => value.push(character),
-        }
-    }
-    *rest = characters.as_str();
-    value
 }
 
 #[cfg(test)]

@@ -7,7 +7,9 @@ pub mod challenge;
 pub mod descriptor;
 pub mod digest;
 pub mod error;
+mod field;
 mod json;
+pub mod link;
 pub mod manifest;
 pub mod media_type;
 pub mod name;
@@ -19,6 +21,7 @@ pub use challenge::{Bearer, Challenge, Scope, pull_scope};
 pub use descriptor::{Descriptor, Platform};
 pub use digest::{Algorithm, AnyDigest, Digest, DigestError, ForeignDigest, Hasher};
 pub use error::{ErrorCode, error_body, first_error_code};
+pub use link::next_link;
 pub use manifest::{MANIFEST_LIMIT, ManifestError, ManifestView};
 pub use media_type::{
     DOCKER_LIST, DOCKER_MANIFEST, Kind, MANIFEST_ACCEPT, MediaType, MediaTypeError, OCI_ARTIFACT,

@@ -95,6 +95,16 @@ pub enum CacheError {
         /// What was wanted.
         wanted: Box<AnyDigest>,
     },
+    /// What the upstream calls a list is none.
+    #[error("{source_}: the upstream's list of {} cannot be used: {why}", thing.listed())]
+    BadList {
+        /// Which list.
+        thing: Thing,
+        /// Where it came from.
+        source_: Source,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// No answer within the deadline.
     #[error("the upstream did not answer in time")]
     Late,
@@ -136,6 +146,14 @@ impl Thing {
             || (is_list && code == ErrorCode::Unsupported);
         fits.then_some(code)
     }
+
+    /// The word for what a list holds.
+    const fn listed(self) -> &'static str {
+        match self {
+            Self::Tags => "tags",
+            Self::Manifest | Self::Blob | Self::Referrers => self.as_str(),
+        }
+    }
 }
 
 impl From<UpstreamError> for CacheError {
@@ -155,6 +173,8 @@ impl CacheError {
     pub fn why(&self) -> Why {
         if let Self::Upstream(error) = self {
             error.why()
+        } else if matches!(self, Self::BadList { .. }) {
+            Why::UpstreamError
         } else {
             Why::Unreachable
         }
@@ -164,7 +184,8 @@ impl CacheError {
     pub fn is_outage(&self) -> bool {
         match self {
             Self::Upstream(error) => error.is_outage(),
-            Self::Late => true,
+            // A page of HTML is what a proxy in between says when the registry is down.
+            Self::Late | Self::BadList { .. } => true,
             Self::Unknown { .. }
             | Self::Denied { .. }
             | Self::LogIn { .. }

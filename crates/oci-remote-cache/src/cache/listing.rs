@@ -1,16 +1,18 @@
 //! Lists of tags and of referrers: kept in memory for as long as a tag is fresh, and given past that when the upstream does not answer.
 //!
-//! An upstream's `Link` to the next page is read for its parameters only. Where it leads is ours to say: the same path here.
+//! A list is passed on as it came, once it is known to be one. Where the next page lies is ours to say: the same path here.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use oci::{AnyDigest, Page, Reference, Route, Target};
+use oci::{AnyDigest, Page, Reference};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache as Memory;
 use serde::Deserialize;
+use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, Visitor};
 
 use super::error::{CacheError, Thing};
 use super::negative::Question;
@@ -64,8 +66,8 @@ pub struct Listing {
 /// What is on a page.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// Tags in the upstream's order.
-    Tags(Vec<String>),
+    /// A list of tags, exactly as it came: GCR says more than the specification, and Nexus says `null` for none.
+    Tags(Bytes),
     /// An OCI index, exactly as it came.
     Referrers {
         /// The index.
@@ -75,12 +77,25 @@ pub enum Content {
     },
 }
 
+/// What makes a list of tags. Read for its form alone: a hostile list of a million tags takes no room.
 #[derive(Deserialize)]
 struct TagList {
+    #[serde(default)]
+    name: Option<String>,
     // Nexus answers `"tags": null` for a repository without any.
     #[serde(default)]
-    tags: Option<Vec<String>>,
+    tags: Option<Vec<Text>>,
 }
+
+/// What makes a list of referrers.
+#[derive(Deserialize)]
+struct Index {
+    #[serde(rename = "manifests")]
+    _manifests: Vec<IgnoredAny>,
+}
+
+/// Some text that is not kept.
+struct Text;
 
 #[derive(Clone, Debug)]
 struct ByLength;
@@ -94,8 +109,7 @@ pub(super) struct Listings {
 impl Weighter<ListingKey, Arc<Listing>> for ByLength {
     fn weight(&self, (source, list): &ListingKey, listing: &Arc<Listing>) -> u64 {
         let bytes = match &listing.content {
-            Content::Tags(tags) => tags.iter().map(|tag| tag.len() + 24).sum(),
-            Content::Referrers { index, .. } => index.len(),
+            Content::Tags(body) | Content::Referrers { index: body, .. } => body.len(),
         };
         let next = listing.next.as_ref().map_or(0, length);
         (bytes + next + source.repository.as_str().len() + list.length()) as u64 + 512
@@ -105,7 +119,8 @@ impl Weighter<ListingKey, Arc<Listing>> for ByLength {
 /// Clients say where a page begins, and upstreams where the next one does, in as many bytes as a request line takes.
 fn length(page: &Page) -> usize {
     let texts = [page.last.as_ref(), page.next.as_ref()];
-    texts.into_iter().flatten().map(String::len).sum()
+    let known: usize = texts.into_iter().flatten().map(String::len).sum();
+    known + page.others.len()
 }
 
 impl Listings {
@@ -169,6 +184,11 @@ impl List {
             }),
             Self::Referrers { digest, .. } => Resource::Manifest(Reference::Digest(digest.clone())),
         }
+    }
+
+    /// Whether nothing of it is asked for.
+    fn is_empty(&self) -> bool {
+        matches!(self, Self::Tags(Page { n: Some(0), .. }))
     }
 
     fn name(&self) -> String {
@@ -330,8 +350,12 @@ impl Cache {
             }
         };
         self.lift(visit, answer.allowed()).await;
-        let listing = self.read_listing(list, &answer, body);
-        let listing = Arc::new(listing.ok_or_else(|| upstream.broken(&ask, "not a list in JSON"))?);
+        let listing = self.read_listing(&key, &answer, body);
+        let mut listing = listing.ok_or_else(|| bad_list(&key))?;
+        listing.next = upstream
+            .next_page(&ask, &answer)
+            .filter(|_| !list.is_empty());
+        let listing = Arc::new(listing);
         self.inner.negatives.forget(&of_list(visit, list));
         self.inner.listings.pages.insert(key, Arc::clone(&listing));
         Ok(listing)
@@ -361,30 +385,79 @@ impl Cache {
     }
 
     /// Reads a page; `None` when it is not one.
-    fn read_listing(&self, list: &List, answer: &Answer, body: Bytes) -> Option<Listing> {
-        let empty = matches!(list, List::Tags(Page { n: Some(0), .. }));
-        let next = answer.header("link").filter(|_| !empty).and_then(next_page);
-        let filtered = answer.header("oci-filters-applied").is_some();
+    fn read_listing(
+        &self,
+        (source, list): &ListingKey,
+        answer: &Answer,
+        body: Bytes,
+    ) -> Option<Listing> {
         let content = match list {
-            List::Tags(_) => serde_json::from_slice::<TagList>(&body).map(|list| {
-                Content::Tags(if empty {
-                    Vec::new()
-                } else {
-                    list.tags.unwrap_or_default()
-                })
-            }),
+            List::Tags(page) => Content::Tags(tags(source, page, body)?),
             List::Referrers { .. } => {
-                serde_json::from_slice::<serde::de::IgnoredAny>(&body).map(|_| Content::Referrers {
+                let _form: Index = object(&body)?;
+                Content::Referrers {
                     index: body,
-                    filtered,
-                })
+                    filtered: answer.header("oci-filters-applied").is_some(),
+                }
             }
         };
         Some(Listing {
-            content: content.ok()?,
-            next,
+            content,
+            next: None,
             checked: self.inner.clock.now(),
         })
+    }
+}
+
+/// A list of tags as it is served: as it came, or emptied where none were asked for.
+fn tags(source: &Source, page: &Page, body: Bytes) -> Option<Bytes> {
+    let list: TagList = object(&body)?;
+    if list.tags.is_none() && list.name.is_none() {
+        return None;
+    }
+    if page.n != Some(0) {
+        return Some(body);
+    }
+    let name = list.name.as_deref();
+    let name = name.unwrap_or_else(|| source.repository.as_str());
+    let none = serde_json::json!({ "name": name, "tags": [] });
+    Some(none.to_string().into())
+}
+
+/// Reads a JSON object; structures alone would be read from arrays too.
+fn object<T: DeserializeOwned>(body: &[u8]) -> Option<T> {
+    let opens = body.trim_ascii_start().starts_with(b"{");
+    serde_json::from_slice(body).ok().filter(|_| opens)
+}
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(Self)
+    }
+}
+
+impl Visitor<'_> for Text {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("text")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, _text: &str) -> Result<Self, E> {
+        Ok(Self)
+    }
+}
+
+fn bad_list((source, list): &ListingKey) -> CacheError {
+    let thing = list.thing();
+    let why = match list {
+        List::Tags(_) => "it is no JSON object with a list of tags",
+        List::Referrers { .. } => "it is no JSON object with a list of manifests",
+    };
+    CacheError::BadList {
+        thing,
+        source_: source.clone(),
+        why,
     }
 }
 
@@ -395,26 +468,8 @@ fn of_list(visit: &Visit, list: &List) -> Question {
 
 /// Whether this is a list of tags that names any.
 pub(super) fn names_a_tag(body: &[u8]) -> bool {
-    let list = serde_json::from_slice::<TagList>(body);
-    list.is_ok_and(|list| list.tags.is_some_and(|tags| !tags.is_empty()))
-}
-
-/// The parameters of the page that a `Link` header calls next (RFC 8288); where it leads is not looked at.
-fn next_page(link: &str) -> Option<Page> {
-    let target = link
-        .split(',')
-        .find(|one| one.contains("rel=\"next\"") || one.contains("rel=next"))?;
-    let url = target.split_once('<')?.1.split_once('>')?.0;
-    let query = url.split_once('?')?.1;
-    match Route::parse("/v2/x/tags/list", Some(query)).ok()?.target {
-        Target::Tags { page, .. } => Some(page),
-        Target::Base
-        | Target::Manifest { .. }
-        | Target::Blob { .. }
-        | Target::Referrers { .. }
-        | Target::Warm { .. }
-        | Target::Catalog { .. } => None,
-    }
+    let list = object::<TagList>(body);
+    list.is_some_and(|list| list.tags.is_some_and(|tags| !tags.is_empty()))
 }
 
 #[cfg(test)]
@@ -429,9 +484,13 @@ mod tests {
             last: Some(text.clone()),
             ..Page::default()
         };
+        let opaque = Page {
+            others: text.clone(),
+            ..Page::default()
+        };
         let source = Source::new(UpstreamId::new("up"), "a".parse().unwrap());
         let listing = |next| {
-            let content = Content::Tags(Vec::new());
+            let content = Content::Tags(Bytes::new());
             let checked = Timestamp(0);
             Arc::new(Listing {
                 content,
@@ -450,19 +509,10 @@ mod tests {
         for (heavy, by) in [
             (weigh(List::Tags(page()), None), 10_000),
             (weigh(List::Tags(Page::default()), Some(page())), 10_000),
+            (weigh(List::Tags(opaque), None), 10_000),
             (weigh(referrers, None), 20_000),
         ] {
             assert_eq!(heavy, light + by);
         }
-    }
-
-    #[test]
-    fn only_the_parameters_of_a_link_are_taken() {
-        let page =
-            next_page(r#"<https://elsewhere.example/v2/a/tags/list?n=2&last=b>; rel="next""#)
-                .unwrap();
-        assert_eq!((page.n, page.last.as_deref()), (Some(2), Some("b")));
-        assert_eq!(next_page(r#"</v2/a/tags/list?n=2>; rel="prev""#), None);
-        assert_eq!(next_page("garbage"), None);
     }
 }

@@ -73,6 +73,7 @@ pub fn of_cache(error: &CacheError) -> Problem {
         CacheError::BadManifest { .. } | CacheError::WrongDigest { .. } => {
             Problem::bad_gateway(ErrorCode::ManifestInvalid, message)
         }
+        CacheError::BadList { .. } => Problem::bad_gateway(ErrorCode::Unavailable, message),
         CacheError::Late => Problem::gateway_timeout(message),
         CacheError::Stopping | CacheError::Disk => Problem::unavailable(message, SOON),
     }

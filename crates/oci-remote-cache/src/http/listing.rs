@@ -35,8 +35,7 @@ pub async fn tags(request: &Request<'_>, route: &Route, page: &Page) -> Result<A
     let Content::Tags(tags) = &listing.content else {
         return Err(Problem::internal("a list of tags was expected"));
     };
-    let body = serde_json::json!({ "name": name(route), "tags": tags }).to_string();
-    let mut response = Response::new(Body::memory(body));
+    let mut response = Response::new(Body::memory(tags.clone()));
     set(response.headers_mut(), CONTENT_TYPE, "application/json");
     next(&mut response, route, &listing, None);
     Ok(said(response, verdict))
@@ -89,7 +88,7 @@ pub async fn catalog(
         let next = Page {
             n: Some(most),
             last: Some(last),
-            next: None,
+            ..Page::default()
         };
         let link = format!("</v2/_catalog?{}>; rel=\"next\"", query(route, &next, None));
         set(response.headers_mut(), LINK, &link);
@@ -153,7 +152,8 @@ fn path(route: &Route) -> String {
 }
 
 fn query(route: &Route, page: &Page, artifact_type: Option<&str>) -> String {
-    let mut query = String::new();
+    // These stand as they came, and hold nothing that could end a link.
+    let mut query = page.others.clone();
     let n = page.n.map(|n| n.to_string());
     let parameters = [
         ("artifactType", artifact_type),

@@ -12,6 +12,7 @@ use prometheus_client::metrics::counter::Counter;
 use reqwest::Response;
 use reqwest::header::HeaderMap;
 use tokio::time::Instant;
+use url::Url;
 
 use super::connect::root_cause;
 use super::error::{Fault, UpstreamError};
@@ -106,6 +107,17 @@ impl Answer {
     /// A header's text; nothing when it is absent or no text.
     pub fn header(&self, name: &str) -> Option<&str> {
         text(&self.headers, name)
+    }
+
+    /// All values of a header that are text.
+    pub(super) fn headers(&self, name: &str) -> impl Iterator<Item = &str> {
+        let values = self.headers.get_all(name);
+        values.iter().filter_map(|value| value.to_str().ok())
+    }
+
+    /// Which place gave it, and from where: redirects may have led elsewhere.
+    pub(super) fn whence(&self) -> (usize, &Url) {
+        (self.head.place, self.body.response.url())
     }
 
     /// The length of this answer's body, or of the one that a GET would have. For a blob's HEAD that led to a content host it was

@@ -20,6 +20,7 @@ mod keyring;
 mod logins;
 mod meter;
 mod offline;
+mod paging;
 mod place;
 mod proxy;
 mod rate;

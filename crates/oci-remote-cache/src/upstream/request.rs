@@ -1,7 +1,7 @@
 //! What is asked of a registry, and the URL that asks it.
 //!
-//! URLs are built from parsed parts only (names, references, digests) and from the query parameters we know: nothing of a client's
-//! request line gets through. Pure.
+//! URLs are built from parsed parts only: names, references, digests, and a list's page, of which parameters that only the registry
+//! understands are passed on as they stand. Nothing else of a client's request line gets through. Pure.
 
 use oci::{AnyDigest, MANIFEST_ACCEPT, OCI_INDEX, Page, Reference, RepositoryName, Slice};
 use url::Url;
@@ -210,6 +210,13 @@ fn set_query(url: &mut Url, artifact_type: Option<&str>, page: &Page) {
     if given.peek().is_some() {
         url.query_pairs_mut().extend_pairs(given);
     }
+    if !page.others.is_empty() {
+        let query = match url.query() {
+            Some(known) => format!("{known}&{}", page.others),
+            None => page.others.clone(),
+        };
+        url.set_query(Some(&query));
+    }
 }
 
 #[cfg(test)]
@@ -239,7 +246,12 @@ mod tests {
         let page = Page {
             n: Some(5),
             last: Some("v1 &x".into()),
-            next: None,
+            ..Page::default()
+        };
+        let opaque = |n| Page {
+            n,
+            others: "nextToken=a%2bb+c/d==&x=1".into(),
+            ..Page::default()
         };
         let digest = || DIGEST.parse().unwrap();
         for (resource, path) in [
@@ -258,6 +270,14 @@ mod tests {
             (
                 Resource::Tags(page.clone()),
                 "/v2/library/alpine/tags/list?n=5&last=v1+%26x".to_owned(),
+            ),
+            (
+                Resource::Tags(opaque(Some(5))),
+                "/v2/library/alpine/tags/list?n=5&nextToken=a%2bb+c/d==&x=1".to_owned(),
+            ),
+            (
+                Resource::Tags(opaque(None)),
+                "/v2/library/alpine/tags/list?nextToken=a%2bb+c/d==&x=1".to_owned(),
             ),
             (
                 Resource::Referrers {

@@ -89,91 +89,194 @@ async fn odd_page_sizes_are_tamed() {
     cache.check_invariants().await;
 }
 
-/// C22: what registries really send: `null` (Nexus), and a next page that lies elsewhere.
+/// C22: what registries really send: `null` (Nexus), more than was asked for (GCR), names that are not ours. All of it is passed on.
 #[tokio::test(flavor = "multi_thread")]
-async fn odd_lists_of_tags_are_tamed() {
+async fn lists_of_tags_are_passed_on_as_they_came() {
     let (registry, cache) = up().await;
-    let list = |body: &str, link: &str| {
-        faults::status(
-            200,
-            &[("Content-Type", "text/plain"), ("Link", link)],
-            body.as_bytes().to_vec(),
-        )
-    };
-    let away = "<http://elsewhere.example/steal?n=1&last=a>; rel=\"next\"";
-    registry.script(
-        Matcher::from(Kind::Tags).repo("nexus"),
-        list("{\"name\":\"nexus\",\"tags\":null}", ""),
-    );
-    registry.script(
-        Matcher::from(Kind::Tags).repo("away"),
-        list("{\"name\":\"away\",\"tags\":[\"a\"]}", away),
-    );
-    registry.script(
-        Matcher::from(Kind::Tags).repo("html"),
-        list("<html>login</html>", ""),
-    );
-    let nexus = cache.get("/v2/up/nexus/tags/list").await;
-    assert_eq!(
-        (nexus.status, nexus.header("content-type")),
-        (200, Some("application/json"))
-    );
-    let led_away = cache.get("/v2/up/away/tags/list").await;
-    assert_eq!(tags_of(&led_away), ["a"]);
-    assert!(
-        !led_away
-            .header("link")
-            .unwrap_or_default()
-            .contains("elsewhere"),
-        "{:?}",
-        led_away.headers
-    );
-    assert_refused(&cache.get("/v2/up/html/tags/list").await, &[502, 503]);
+    for (repo, body) in [
+        ("nexus", "{\"name\":\"nexus\",\"tags\":null}"),
+        (
+            "gcr",
+            "{ \"child\":[\"x\"],\"manifest\":{\"sha256:a\":{\"tag\":[\"v1\"]}},\"name\":\"proj/gcr\",\"tags\":[\"v1\"]}\n",
+        ),
+        (
+            "jfrog",
+            "{\"name\":\"a b\",\"tags\":[\"sha256__aa\",\"Z:bad\"]}",
+        ),
+        ("bare", "{\"tags\":[]}"),
+    ] {
+        let list = faults::status(200, &[("Content-Type", "text/plain")], body);
+        registry.script(Matcher::from(Kind::Tags).repo(repo), list);
+        for _ in 0..2 {
+            let answer = cache.get(&format!("/v2/up/{repo}/tags/list")).await;
+            assert_eq!(
+                (answer.status, answer.header("content-type")),
+                (200, Some("application/json"))
+            );
+            assert_eq!(answer.text(), body);
+        }
+        let none = cache.get(&format!("/v2/up/{repo}/tags/list?n=0")).await;
+        assert_eq!((none.status, &none.json()["tags"]), (200, &json!([])));
+    }
     cache.check_invariants().await;
 }
 
-/// A next page that lies elsewhere, or is this very page: only its parameters are taken, nobody goes there, and nobody walks on.
+/// What is no list is not passed on as one.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_next_page_is_read_and_not_followed() {
+async fn what_is_no_list_is_a_502() {
+    let (registry, cache, image) = up_with_image().await;
+    let referrers = format!("referrers/{}", image.digest());
+    for (kind, path, body) in [
+        (Kind::Tags, "tags/list", "<html>login</html>"),
+        (Kind::Tags, "tags/list", "{\"errors\":[]}"),
+        (Kind::Tags, "tags/list", "[\"app\",[\"v1\"]]"),
+        (Kind::Tags, "tags/list", "{\"name\":\"a\",\"tags\":[1]}"),
+        (Kind::Tags, "tags/list", "{\"tags\":[]}{}"),
+        (Kind::Referrers, &referrers, "<html>login</html>"),
+        (Kind::Referrers, &referrers, "{\"foo\":1}"),
+        (Kind::Referrers, &referrers, "{\"manifests\":{}}"),
+        (Kind::Referrers, &referrers, "[[]]"),
+        (Kind::Referrers, &referrers, "[]"),
+    ] {
+        registry.clear_scripts();
+        registry.script(kind, faults::status(200, &[], body));
+        let answer = cache.get(&format!("/v2/up/{REPO}/{path}")).await;
+        assert_refused(&answer, &[502]);
+        assert!(answer.text().contains("cannot be used"), "{body}");
+    }
+    cache.check_invariants().await;
+}
+
+/// A next page that lies elsewhere, or is this very page, is none: nobody goes there, and no client is sent round for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_next_page_elsewhere_is_left_out() {
     let (registry, cache) = up().await;
     let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
     let trap = Origin::start().await;
     let tags = format!("/v2/{REPO}/tags/list");
+    let referrers = format!("/v2/{REPO}/referrers/{}", image.digest());
+    let index = Content::index(&[], OCI_INDEX);
     for around in [
         format!("{}/steal?n=1&last=a", trap.url()),
-        format!("//{}/steal?n=1&last=a", trap.authority()),
-        format!("{tags}?n=1&last=a"),
+        format!("{}{tags}?n=1&last=a", trap.url()),
+        format!("//{}{tags}?n=1&last=a", trap.authority()),
+        "/v2/other/repo/tags/list?n=1&last=a".to_owned(),
+        format!("{tags}?n=1"),
+        format!("{tags}?n=2"),
+        format!("{}/steal?next_page=abc%3D", trap.url()),
+        "/v2/other/repo/referrers/sha256:00?next_page=a".to_owned(),
+        referrers.clone(),
     ] {
-        registry.clear_log();
         registry.clear_scripts();
         let link = format!("<{around}>; rel=\"next\"");
         let headers = [("Link", link.as_str())];
         let list = faults::status(200, &headers, "{\"name\":\"x\",\"tags\":[\"a\"]}");
         registry.script(Kind::Tags, list);
-        let first = cache.get(&format!("/v2/up/{REPO}/tags/list?n=1")).await;
-        assert_eq!(registry.count(Kind::Tags), 1, "{around}");
-        let next = next_page(&first).expect("a next page");
-        assert_eq!(next, format!("/v2/up/{REPO}/tags/list?n=1&last=a"));
-        assert_eq!(tags_of(&cache.get(&next).await), ["a"]);
-        let asked = registry.requests();
-        assert_eq!(
-            asked,
-            [format!("GET {tags}?n=1"), format!("GET {tags}?n=1&last=a")]
-        );
+        registry.script(Kind::Referrers, crate::stage::as_it_is(&index, &headers));
+        for path in [format!("{tags}?n=1"), referrers.clone()] {
+            let path = path.replacen("/v2/", "/v2/up/", 1);
+            let answer = cache.get(&path).await;
+            assert_eq!(
+                (answer.status, answer.header("link")),
+                (200, None),
+                "{around}"
+            );
+        }
         cache.restart().await;
     }
-    let referrers = format!("referrers/{}", image.digest());
-    let link = format!("<{}/steal?next_page=abc%3D>; rel=\"next\"", trap.url());
-    let index = Content::index(&[], OCI_INDEX);
-    let headers = [("Link", link.as_str()), ("Content-Type", OCI_INDEX)];
-    registry.script(Kind::Referrers, crate::stage::as_it_is(&index, &headers));
-    let answer = cache
-        .get(&format!("/v2/up/{REPO}/{referrers}?artifactType=a%2Fsig"))
-        .await;
-    let next =
-        format!("</v2/up/{REPO}/{referrers}?artifactType=a%2Fsig&next_page=abc%3D>; rel=\"next\"");
-    assert_eq!(answer.header("link"), Some(next.as_str()));
     assert_eq!(trap.connections(), 0);
+    assert!(cache.log().contains("it leads to another server"));
+    cache.check_invariants().await;
+}
+
+/// What a registry pages by is its own matter: whatever its `Link` says comes back to it, and only that.
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_are_found_by_whatever_the_registry_says() {
+    let (registry, cache) = up().await;
+    let digest = Content::blob(9, "subject").digest;
+    let index = Content::index(&[], OCI_INDEX);
+    for (list, extra) in [
+        (format!("/v2/{REPO}/tags/list"), ""),
+        (
+            format!("/v2/{REPO}/referrers/{digest}"),
+            "artifactType=a%2Fsig&",
+        ),
+    ] {
+        registry.clear_log();
+        registry.clear_scripts();
+        let token = "nextToken=T%2b1==&$skip=2";
+        let link = format!("<{list}?{extra}{token}>; rel=\"next\"");
+        let headers = [("Link", link.as_str()), ("Content-Type", OCI_INDEX)];
+        let names = faults::status(200, &headers, "{\"name\":\"x\",\"tags\":[\"a\"]}");
+        registry.script(Kind::Tags, names);
+        registry.script(Kind::Referrers, crate::stage::as_it_is(&index, &headers));
+        let ours = list.replacen("/v2/", "/v2/up/", 1);
+        let first = cache.get(&format!("{ours}?{extra}ns=up")).await;
+        let next = first.header("link").expect("a next page");
+        let next = next
+            .strip_prefix('<')
+            .and_then(|link| link.strip_suffix(">; rel=\"next\""));
+        let next = next.expect("a link");
+        assert!(
+            next.starts_with(&format!("{ours}?")) && next.contains(token) && next.contains("ns=up"),
+            "{next}"
+        );
+        let second = cache.get(next).await;
+        // It leads to this very page.
+        assert_eq!((second.status, second.header("link")), (200, None));
+        let asked = format!("GET {list}?{extra}{token}");
+        assert_eq!(registry.requests().last(), Some(&asked));
+    }
+    let refused = cache.get(&format!("/v2/up/{REPO}/tags/list?x=%zz")).await;
+    assert_refused(&refused, &[400]);
+    cache.check_invariants().await;
+}
+
+/// Links as registries and what stands before them write them.
+#[tokio::test(flavor = "multi_thread")]
+async fn links_are_read_however_they_are_written() {
+    let (registry, cache) = up().await;
+    let tags = format!("/v2/{REPO}/tags/list");
+    let long = "A".repeat(2000);
+    let previous = format!("<{tags}?last=0>; rel=\"prev\"");
+    for (query, lines) in [
+        (
+            "last=a%2Cb",
+            vec![format!("<{tags}?last=a,b>; rel=\"next\"")],
+        ),
+        (
+            &format!("last={long}"),
+            vec![format!("<{tags}?last={long}>; rel=\"next\"")],
+        ),
+        ("last=n", vec![format!("<{tags}?last=n> ; rel = \"next\"")]),
+        ("last=n", vec![format!("<{tags}?last=n>; Rel=\"Next\"")]),
+        (
+            "last=n",
+            vec![format!("<{tags}?last=n>; rel=\"last next\"")],
+        ),
+        (
+            "last=n",
+            vec![format!("{previous}, <list?last=n>; rel=next")],
+        ),
+        (
+            "last=n",
+            vec![previous.clone(), "<?last=n>; rel=next".to_owned()],
+        ),
+    ] {
+        registry.clear_scripts();
+        let headers: Vec<(&str, &str)> = lines.iter().map(|line| ("Link", line.as_str())).collect();
+        registry.script(
+            Kind::Tags,
+            faults::status(200, &headers, "{\"name\":\"x\",\"tags\":[\"a\"]}"),
+        );
+        let answer = cache.get(&format!("/v2/up/{REPO}/tags/list")).await;
+        let want = format!("/v2/up/{REPO}/tags/list?{query}");
+        assert_eq!(next_page(&answer), Some(want), "{lines:?}");
+        registry.clear_log();
+        cache.get(&format!("/v2/up/{REPO}/tags/list?{query}")).await;
+        assert_eq!(registry.requests(), [format!("GET {tags}?{query}")]);
+        cache.restart().await;
+    }
     cache.check_invariants().await;
 }
 

@@ -4,6 +4,8 @@
 //! escapes are decoded once, and only those that can occur in a legal path. Every path is either read whole or refused;
 //! none is normalised. Methods, and which upstream a name belongs to, are the caller's business.
 
+mod page;
+
 use std::borrow::Cow;
 
 use crate::descriptor::Platform;
@@ -12,12 +14,10 @@ use crate::error::ErrorCode;
 use crate::name::{NameError, NamePath, is_key};
 use crate::reference::{Reference, ReferenceError};
 
-/// Longest page asked for: ECR refuses more.
-const PAGE_LIMIT: u32 = 1000;
-/// Longest `ns`, `last` and `artifactType`.
+pub use self::page::Page;
+
+/// Longest `ns` and `artifactType`.
 const VALUE_LIMIT: usize = 256;
-/// Longest opaque page token; Quay's are some hundred bytes long.
-const TOKEN_LIMIT: usize = 2048;
 
 /// What a request path asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,17 +85,6 @@ pub enum Target {
     },
 }
 
-/// What part of a list is asked for.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Page {
-    /// At most so many entries; never more than 1000.
-    pub n: Option<u32>,
-    /// Only entries after this one.
-    pub last: Option<String>,
-    /// Quay's opaque `next_page`.
-    pub next: Option<String>,
-}
-
 /// Why a path is no route.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RouteError {
@@ -147,9 +136,8 @@ impl Target {
         match rest {
             "" => return Ok(Self::Base),
             "_catalog" => {
-                return Ok(Self::Catalog {
-                    page: query.page()?,
-                });
+                let page = Page::known(query)?;
+                return Ok(Self::Catalog { page });
             }
             _ => {}
         }
@@ -179,7 +167,7 @@ impl Target {
                 name,
                 digest: last.parse()?,
                 artifact_type: query.text("artifactType", VALUE_LIMIT)?,
-                page: query.page()?,
+                page: Page::of(query)?,
             }),
             "warm" => Ok(Self::Warm {
                 name,
@@ -189,7 +177,7 @@ impl Target {
             }),
             _ => Ok(Self::Tags {
                 name,
-                page: query.page()?,
+                page: Page::of(query)?,
             }),
         }
     }
@@ -267,11 +255,13 @@ fn read_reference(text: &str) -> Result<Reference, RouteError> {
 struct Query<'a>(&'a str);
 
 impl<'a> Query<'a> {
+    fn pairs(self) -> impl Iterator<Item = (&'a str, &'a str)> {
+        self.0.split('&').filter_map(|pair| pair.split_once('='))
+    }
+
     /// The first value of this name, raw; empty counts as absent.
     fn raw(self, name: &str) -> Option<&'a str> {
-        self.0
-            .split('&')
-            .filter_map(|pair| pair.split_once('='))
+        self.pairs()
             .find(|(key, _)| *key == name)
             .map(|(_, value)| value)
             .filter(|value| !value.is_empty())
@@ -291,30 +281,6 @@ impl<'a> Query<'a> {
         let text = self.text("platform", VALUE_LIMIT)?;
         text.map(|text| Platform::parse(&text).ok_or_else(illegal))
             .transpose()
-    }
-
-    fn page(self) -> Result<Page, RouteError> {
-        let text = |name: &str, limit| match self.raw(name) {
-            None => Ok(None),
-            Some(raw) => decode_value(raw, limit)
-                .map(Some)
-                .ok_or_else(|| RouteError::Page(format!("this value of `{name}`"))),
-        };
-        Ok(Page {
-            n: self.number()?,
-            last: text("last", VALUE_LIMIT)?,
-            next: text("next_page", TOKEN_LIMIT)?,
-        })
-    }
-
-    fn number(self) -> Result<Option<u32>, RouteError> {
-        let Some(raw) = self.raw("n") else {
-            return Ok(None);
-        };
-        if !raw.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Err(RouteError::Page("an `n` that is not a number".to_owned()));
-        }
-        Ok(Some(raw.parse().unwrap_or(PAGE_LIMIT).min(PAGE_LIMIT)))
     }
 }
 
@@ -342,6 +308,11 @@ fn decode_value(raw: &str, limit: usize) -> Option<String> {
 
 fn is_path_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~' | b':')
+}
+
+/// Whether every percent sign begins an escape.
+fn is_escaped(text: &str) -> bool {
+    unescape(text, |_| true).is_some()
 }
 
 fn unescape(text: &str, admits: fn(u8) -> bool) -> Option<Vec<u8>> {

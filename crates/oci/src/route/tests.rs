@@ -252,11 +252,12 @@ fn pages() {
             n,
             last: last.map(str::to_owned),
             next: next.map(str::to_owned),
+            others: String::new(),
         };
         assert_eq!(page(query), Ok(expected), "{query}");
     }
     let long = |length: usize| format!("last={}", "a".repeat(length));
-    assert!(page(&long(VALUE_LIMIT)).is_ok());
+    assert!(page(&long(2048)).is_ok());
     for query in [
         "n=-1",
         "n=x",
@@ -266,7 +267,7 @@ fn pages() {
         "last=%ff",
         "last=%4",
         "next_page=%0a",
-        &long(VALUE_LIMIT + 1),
+        &long(2049),
     ] {
         let error = page(query).expect_err(query);
         assert_eq!(
@@ -277,6 +278,60 @@ fn pages() {
     }
     assert!(Route::parse("/v2/a/manifests/t", Some("n=-1")).is_ok());
     assert!(Route::parse("/v2/_catalog", Some("n=-1")).is_err());
+}
+
+#[test]
+fn what_a_registry_pages_by_is_carried_as_it_stands() {
+    let digest = format!("sha256:{HEX}");
+    let query = "n=2&nextToken=a%2bb+c/d==&ns=up&$skip=7&empty=&alone&access_token=s3cret&page.x=1";
+    for path in ["tags/list".to_owned(), format!("referrers/{digest}")] {
+        let route = Route::parse(&format!("/v2/a/{path}"), Some(query)).unwrap();
+        let (Target::Tags { page, .. } | Target::Referrers { page, .. }) = route.target else {
+            panic!("{path}")
+        };
+        assert_eq!(page.others, "nextToken=a%2bb+c/d==&$skip=7&page.x=1");
+        assert_eq!(Page::parse(query), Ok(page));
+    }
+    let most = |count: usize, length: usize| {
+        let pair = |n: usize| format!("p{n}={}", "a".repeat(length));
+        (0..count).map(pair).collect::<Vec<_>>().join("&")
+    };
+    for good in [most(8, 9), most(1, 2048)] {
+        assert_eq!(Page::parse(&good).unwrap().others, good);
+    }
+    for bad in [
+        most(9, 1),
+        most(1, 2049),
+        most(3, 2000),
+        format!("{}=1", "a".repeat(65)),
+    ] {
+        assert!(Page::parse(&bad).is_err(), "{bad}");
+    }
+    for bad in [
+        "a=%zz", "a=%", "a=<b>", "a=b\"c", "%61=b", "a b=c", "a=\u{e4}", "a=b#c", "=b",
+    ] {
+        let error = Page::parse(bad).expect_err(bad);
+        assert_eq!(
+            (error.status(), error.code()),
+            (400, ErrorCode::PageInvalid)
+        );
+    }
+    // Our own list is not paged by what others think of.
+    let own = Route::parse("/v2/_catalog", Some("last=a&x=%zz")).unwrap();
+    let page = Page {
+        last: Some("a".into()),
+        ..Page::default()
+    };
+    assert_eq!(own.target, Target::Catalog { page });
+}
+
+#[test]
+fn pages_of_different_length_begin_alike() {
+    let page = |query| Page::parse(query).unwrap();
+    assert!(page("n=2&last=a&x=1").begins_with(&page("last=a&x=1")));
+    for other in ["last=a&x=2", "last=b&x=1", "x=1", "last=a&next_page=a&x=1"] {
+        assert!(!page("n=2&last=a&x=1").begins_with(&page(other)), "{other}");
+    }
 }
 
 #[test]
