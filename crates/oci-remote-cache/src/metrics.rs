@@ -232,6 +232,7 @@ impl Metrics {
             Verdict::Bypass(why) => drop(self.bypassed.get_or_create(&WhyLabel::of(why)).inc()),
             Verdict::Hit
             | Verdict::Miss
+            | Verdict::Asked
             | Verdict::Collapsed
             | Verdict::Revalidated
             | Verdict::None => {}

@@ -9,6 +9,8 @@ pub enum Verdict {
     Hit,
     /// Not held: this request started the fetch, and the answer is kept.
     Miss,
+    /// Not held: the upstream was asked, and what it said is passed on and not kept.
+    Asked,
     /// Not held, but on its way: this request reads a fetch that another one started.
     Collapsed,
     /// Held; the upstream was asked and said that it still holds.
@@ -66,7 +68,7 @@ impl Verdict {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Hit => "hit",
-            Self::Miss => "miss",
+            Self::Miss | Self::Asked => "miss",
             Self::Collapsed => "collapsed",
             Self::Revalidated => "revalidated",
             Self::Stale(_) => "stale",
@@ -79,7 +81,12 @@ impl Verdict {
     pub const fn why(self) -> Option<Why> {
         match self {
             Self::Stale(why) | Self::Bypass(why) => Some(why),
-            Self::Hit | Self::Miss | Self::Collapsed | Self::Revalidated | Self::None => None,
+            Self::Hit
+            | Self::Miss
+            | Self::Asked
+            | Self::Collapsed
+            | Self::Revalidated
+            | Self::None => None,
         }
     }
 
@@ -88,6 +95,7 @@ impl Verdict {
         let parameters = match self {
             Self::Hit => "hit".to_owned(),
             Self::Miss => "fwd=uri-miss; stored".to_owned(),
+            Self::Asked => "fwd=uri-miss".to_owned(),
             Self::Collapsed => "fwd=uri-miss; collapsed".to_owned(),
             Self::Revalidated => "hit; detail=revalidated".to_owned(),
             Self::Stale(why) => format!("fwd=stale; detail={}", why.as_str()),
@@ -156,6 +164,7 @@ mod tests {
         let cases = [
             (Verdict::Hit, "oci-remote-cache; hit"),
             (Verdict::Miss, "oci-remote-cache; fwd=uri-miss; stored"),
+            (Verdict::Asked, "oci-remote-cache; fwd=uri-miss"),
             (
                 Verdict::Collapsed,
                 "oci-remote-cache; fwd=uri-miss; collapsed",

@@ -74,7 +74,13 @@ async fn head(request: &Request<'_>, digest: &AnyDigest) -> Result<Answer, Probl
     let head = head.map_err(|error| failure::of_cache(&error))?;
     let mut response = Response::new(Body::empty());
     describe(response.headers_mut(), digest, head.size);
-    Ok(Answer::new(response, head.verdict))
+    // A HEAD brings nothing that could be stored.
+    let verdict = if head.verdict == Verdict::Miss {
+        Verdict::Asked
+    } else {
+        head.verdict
+    };
+    Ok(Answer::new(response, verdict))
 }
 
 /// The client holds the blob already; whether it may know that is the cache's to say.

@@ -347,7 +347,7 @@ impl Answer {
     }
 
     fn refusal(problem: Problem) -> Self {
-        Self::plain(problem.into_response())
+        Self::plain(refusal(problem))
     }
 }
 
@@ -393,7 +393,16 @@ fn base() -> Response<Body> {
 }
 
 pub(super) fn refused(problem: Problem, kind: &'static str) -> Response<Body> {
-    with_outcome(problem.into_response(), Outcome::none(kind))
+    with_outcome(refusal(problem), Outcome::none(kind))
+}
+
+/// A refusal that says in `Cache-Status`, too, what it comes of: neither that it was forwarded nor that it is kept, for many never left
+/// this house.
+pub(super) fn refusal(problem: Problem) -> Response<Body> {
+    let status = format!("oci-remote-cache; detail={}", problem.status().detail());
+    let mut response = problem.into_response();
+    set(response.headers_mut(), CACHE_STATUS, &status);
+    response
 }
 
 pub(super) fn with_outcome(mut response: Response<Body>, outcome: Outcome) -> Response<Body> {

@@ -214,6 +214,23 @@ impl Status {
             Self::GatewayTimeout => StatusCode::GATEWAY_TIMEOUT,
         }
     }
+
+    /// The word in `Cache-Status`.
+    pub const fn detail(self) -> &'static str {
+        match self {
+            Self::BadRequest => "bad-request",
+            Self::Unauthorized => "log-in",
+            Self::Forbidden => "denied",
+            Self::NotFound => "not-found",
+            Self::MethodNotAllowed => "not-allowed",
+            Self::RangeNotSatisfiable => "no-such-range",
+            Self::TooManyRequests => "rate-limited",
+            Self::Internal => "internal",
+            Self::BadGateway => "unusable",
+            Self::Unavailable => "unavailable",
+            Self::GatewayTimeout => "late",
+        }
+    }
 }
 
 /// At least one second: clients take zero for "at once", all of them together.

@@ -11,7 +11,7 @@ use hyper::{Method, Response, StatusCode, header};
 use oci::{AnyDigest, Platform, Reference, Route, Target};
 
 use super::body::Body;
-use super::dispatch::{Registry, kind, name, refused, set, with_outcome};
+use super::dispatch::{Registry, kind, name, refusal, refused, set, with_outcome};
 use super::failure;
 use super::observe::Outcome;
 use super::problem::Problem;
@@ -95,7 +95,7 @@ impl Registry {
         let client = self.with_login(&upstream, parts, client);
         let response = match self.done(work, client, resolved).await {
             Ok(response) => response,
-            Err(problem) => failure::jittered(problem, peer.port()).into_response(),
+            Err(problem) => refusal(failure::jittered(problem, peer.port())),
         };
         with_outcome(response, counted(kind, upstream))
     }

@@ -119,6 +119,55 @@ async fn each_verdict_is_in_header_log_and_metric() {
     cache.check_invariants().await;
 }
 
+/// Errors say what they come of, and a HEAD that brought nothing does not say that anything was stored.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_brings_no_content_has_its_cache_status_too() {
+    let (registry, cache, blob) = up_with_blob(1000).await;
+    let path = blob_path("up", REPO, blob.digest);
+    let head = cache.send(Request::head(&path)).await;
+    assert_eq!(
+        (head.status, said(&head)),
+        (200, "oci-remote-cache; fwd=uri-miss")
+    );
+    assert_eq!(answers(&cache, "blob", "miss").await, 1);
+    assert_good(&cache.get(&path).await, &blob);
+    cache.wait_until_stored(&blob.digest).await;
+    let head = cache.send(Request::head(&path)).await;
+    assert_eq!(said(&head), "oci-remote-cache; hit");
+
+    let missing = manifest_path("up", REPO, "missing");
+    let cases = [
+        (Request::get(&missing), 404, "not-found"),
+        // From here on by what is remembered of it.
+        (Request::get(&missing), 404, "not-found"),
+        (
+            Request::get(&path).header("Range", "bytes=1000-"),
+            416,
+            "no-such-range",
+        ),
+        (
+            Request::get("/v2/nosuch.example/x/manifests/t"),
+            404,
+            "not-found",
+        ),
+        (Request::get("/v2/up/x/tags/list?n=-1"), 400, "bad-request"),
+        (Request::new("PUT", &missing), 405, "not-allowed"),
+    ];
+    for (request, status, detail) in cases {
+        let answer = cache.send(request).await;
+        let words = format!("oci-remote-cache; detail={detail}");
+        assert_eq!((answer.status, said(&answer)), (status, words.as_str()));
+    }
+    let limited = faults::error(429, "TOOMANYREQUESTS", &[("Retry-After", "100")]);
+    registry.script(Matcher::any(), limited);
+    let answer = cache.get(&manifest_path("up", "other", "v1")).await;
+    assert_eq!(
+        (answer.status, said(&answer)),
+        (429, "oci-remote-cache; detail=rate-limited")
+    );
+    cache.check_invariants().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_follower_is_told_apart_from_the_leader() {
     let (registry, cache, blob) = up_with_blob(1 << 20).await;
