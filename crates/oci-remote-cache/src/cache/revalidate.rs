@@ -226,11 +226,15 @@ impl Cache {
     }
 
     /// The upstream refused a tag. A 404 suspends the tag, a 401 or 403 the repository; neither deletes anything. What one login, or
-    /// nobody, is not shown may be hidden from it alone: then the tag is gone for it, and for others when they are told so themselves.
+    /// nobody, is not shown may be hidden from it alone: then the tag is gone for it, and for others when they are told so themselves. A
+    /// mirror's 404 is no word on what the upstream had.
     async fn tag_refused(&self, visit: &Visit, tag: &Tag, error: UpstreamError) -> CacheError {
         let source = &visit.source;
         let gone = matches!(error.fault(), Fault::NotFound { .. });
         let held = self.tag_record(source, tag).filter(|_| gone);
+        if held.is_some() && error.is_gap_of_mirror() {
+            return CacheError::Upstream(Arc::new(error));
+        }
         if held.is_some() && visit.is_personal() {
             self.inner.negatives.hide(of_tag(visit, tag));
             if let Some(refusal) = self.doubt_proof(visit).await {

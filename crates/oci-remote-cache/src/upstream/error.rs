@@ -19,6 +19,8 @@ pub struct UpstreamError {
     what: String,
     fault: Fault,
     retry_after: Option<Duration>,
+    /// Who gave it: 0 is the upstream's URL, n its nth mirror.
+    place: usize,
 }
 
 /// Whose fault it was, and what kind.
@@ -132,7 +134,13 @@ impl UpstreamError {
             what,
             retry_after: failure.retry_after,
             fault: failure.fault,
+            place: 0,
         }
+    }
+
+    /// The same, given by the upstream's nth mirror where `place` is not 0.
+    pub(super) fn at(self, place: usize) -> Self {
+        Self { place, ..self }
     }
 
     /// Which upstream.
@@ -150,9 +158,15 @@ impl UpstreamError {
         &self.fault
     }
 
-    /// Whether this is no answer at all, so that what is held may be served past its age.
+    /// Whether this is no answer at all, so that what is held may be served past its age. That a mirror lacks something is none: it may lag
+    /// behind the upstream, which did not answer.
     pub fn is_outage(&self) -> bool {
-        self.fault.is_outage()
+        self.fault.is_outage() || self.is_gap_of_mirror()
+    }
+
+    /// Whether a mirror has no such thing, and the upstream itself was not heard.
+    pub fn is_gap_of_mirror(&self) -> bool {
+        self.place > 0 && matches!(self.fault, Fault::NotFound { .. })
     }
 
     /// The reason in the vocabulary of verdicts.

@@ -643,10 +643,11 @@ async fn a_mirror_is_asked_while_the_registry_is_down() {
     cache.check_invariants().await;
 }
 
-/// A mirror is asked as a stranger: what it refuses to strangers, or hides from them, was not refused by the upstream.
+/// A mirror is asked as a stranger: what it refuses to strangers, or hides from them, was not refused by the upstream. Nor was what it
+/// lacks: it may lag behind.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_mirror_refuses_to_strangers_is_no_word_of_the_upstream() {
-    for (status, credentials) in [(401, false), (403, false), (404, true)] {
+    for (status, credentials) in [(401, false), (403, false), (404, true), (404, false)] {
         let (registry, mirror) = (Registry::start().await, Registry::start().await);
         let mut upstream = Upstream::new("up", registry.url())
             .tag_ttl("0s")
@@ -666,8 +667,28 @@ async fn what_a_mirror_refuses_to_strangers_is_no_word_of_the_upstream() {
         }
         assert!(mirror.count(Kind::Manifest) > 0);
         cache.pull("up", &image).await;
+        if (status, credentials) == (404, false) {
+            let unheard_of = cache.manifest("up", REPO, "v2").await;
+            assert_refused(&unheard_of, &[404]);
+        }
         cache.check_invariants().await;
     }
+}
+
+/// One mirror lacks what the next one has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_that_lacks_something_is_not_the_last_one_asked() {
+    let registry = Registry::start().await;
+    let (empty, full) = (Registry::start().await, Registry::start().await);
+    let mirrors = [empty.url(), full.url()];
+    let mirrors: Vec<_> = mirrors.iter().map(|url| url.as_str()).collect();
+    let upstream = Upstream::new("up", registry.url()).mirrors(&mirrors);
+    let cache = cache().upstream(upstream).start().await;
+    let image = full.put_image(&ImageSpec::new(REPO, "v1"));
+    registry.stop().await;
+    cache.pull("up", &image).await;
+    assert!(empty.count(Kind::Manifest) > 0);
+    cache.check_invariants().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
