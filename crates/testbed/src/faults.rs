@@ -236,6 +236,25 @@ pub fn held(gate: &Gate) -> Handler {
     })
 }
 
+/// Everything, in chunks and without a length.
+pub fn chunked(content: &Content) -> Handler {
+    let data = content.data.clone();
+    Handler::new(move |mut exchange| {
+        let data = data.clone();
+        Box::pin(async move {
+            let head = [("Transfer-Encoding", "chunked")];
+            exchange.head(200, &head).await;
+            for part in data.chunks(1 << 16) {
+                let size = format!("{:x}\r\n", part.len());
+                exchange.raw(size.as_bytes()).await;
+                exchange.raw(part).await;
+                exchange.raw(b"\r\n").await;
+            }
+            exchange.raw(b"0\r\n\r\n").await;
+        })
+    })
+}
+
 /// The content as a blob.
 pub fn serve(content: &Content, options: ServeOptions) -> Handler {
     let content = content.clone();

@@ -234,6 +234,11 @@ impl DirectReader {
         }
     }
 
+    /// The offset at which the upstream ended, once it has; then the digest has matched too, where it was to be looked at.
+    pub(super) fn ended_at(&self) -> Option<u64> {
+        self.ended.then(|| self.stream.position())
+    }
+
     fn take(&mut self, mut bytes: Bytes) {
         if let Some(check) = self.check.as_mut() {
             check.hasher.update(&bytes);

@@ -350,6 +350,12 @@ impl Fill {
         }
     }
 
+    /// The error for who was promised the size that a manifest gives, when the blob has another.
+    fn not_as_told(&self) -> FillError {
+        let what = "its size is not what a manifest says of it";
+        self.ask.broken(what).into()
+    }
+
     /// Since when nobody has been reading.
     fn idle_since(&self) -> Option<Instant> {
         self.readers().idle_since

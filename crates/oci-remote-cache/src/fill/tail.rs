@@ -63,6 +63,8 @@ pub struct Tail {
     joined: Joined,
     position: u64,
     end: Option<u64>,
+    /// How many bytes the client was told to expect, where the upstream does not tell: no more are given before the verdict.
+    promised: Option<u64>,
     release: Release,
     direct: Option<Box<DirectReader>>,
 }
@@ -117,6 +119,13 @@ impl Open {
         self.size
     }
 
+    /// The size that a manifest gives, where the upstream does not tell it.
+    pub fn told(&self) -> Option<u64> {
+        let told = self.joined.seat.fill.told?;
+        let untold = self.size.is_none() && self.bypass.is_none();
+        untold.then_some(told.size).filter(|&size| size > 0)
+    }
+
     /// Why nothing is kept, if nothing is.
     pub fn bypass(&self) -> Option<Why> {
         self.bypass
@@ -149,8 +158,19 @@ impl Open {
             joined: self.joined,
             position,
             end,
+            promised: None,
             release,
             direct: None,
+        }
+    }
+
+    /// Reads everything, for a client that is told the size of [`Open::told`]. Where that was a lie, the reader fails before it has given
+    /// so many bytes.
+    pub fn read_as_told(self) -> Tail {
+        let promised = self.told();
+        Tail {
+            promised,
+            ..self.read(None, Release::Verified)
         }
     }
 
@@ -170,8 +190,8 @@ impl Tail {
     /// The next bytes; `None` when all have been given.
     pub async fn next(&mut self) -> Result<Option<Part>, FillError> {
         loop {
-            if let Some(direct) = self.direct.as_mut() {
-                return Ok(direct.next().await?.map(Part::Memory));
+            if self.direct.is_some() {
+                return self.next_direct().await;
             }
             let progress = self.joined.progress.borrow_and_update().clone();
             match self.look(&progress) {
@@ -188,6 +208,24 @@ impl Tail {
                 }
             }
         }
+    }
+
+    async fn next_direct(&mut self) -> Result<Option<Part>, FillError> {
+        let Some(direct) = self.direct.as_mut() else {
+            return Ok(None);
+        };
+        let Some(bytes) = direct.next().await? else {
+            return Ok(None);
+        };
+        self.position += bytes.len() as u64;
+        let lied = self.promised.is_some_and(|told| match direct.ended_at() {
+            Some(size) => size != told,
+            None => self.position >= told,
+        });
+        if lied {
+            return Err(self.joined.seat.fill.not_as_told());
+        }
+        Ok(Some(Part::Memory(bytes)))
     }
 
     /// Waits until the next call of [`Tail::next`] would not wait: for answers of length zero, whose verdict must come before their
@@ -215,6 +253,9 @@ impl Tail {
             Phase::Filling | Phase::Verified | Phase::Alone(_) => {}
         }
         let verified = matches!(progress.phase, Phase::Verified);
+        if verified && self.promised.is_some() && self.promised != progress.size {
+            return Next::Fail(self.joined.seat.fill.not_as_told());
+        }
         let end = self.end.or_else(|| progress.size.filter(|_| verified));
         if !self.unfinished(end) && (self.release == Release::Arrived || verified) {
             return Next::Done;
@@ -247,7 +288,8 @@ impl Tail {
         if self.release == Release::Arrived || matches!(progress.phase, Phase::Verified) {
             return wanted;
         }
-        let size = progress.size.unwrap_or(reach);
+        let told = self.promised.unwrap_or(u64::MAX);
+        let size = progress.size.unwrap_or(reach).min(told);
         wanted.min(size.saturating_sub(HELD))
     }
 

@@ -1076,6 +1076,48 @@ async fn a_size_that_a_manifest_lies_about_harms_nobody() {
     bench.end().await;
 }
 
+/// A client was promised the length that a manifest gives, and reads only when all of the blob is here.
+#[tokio::test]
+async fn nobody_is_given_as_many_bytes_as_a_lie_promised() {
+    let bench = Bench::new().await;
+    for told in [MIB, 2 * MIB, 3 * MIB, 4 * MIB] {
+        let blob = bench.blob(3 * MIB, &format!("said to be {told}"));
+        let gets = Matcher::blobs().method("GET").of(blob.digest);
+        bench.registry.script(gets, faults::chunked(&blob));
+        let size = Told {
+            size: told,
+            in_pieces: false,
+        };
+        let wanted = Wanted {
+            told: Some(size),
+            ..bench.proven(&blob)
+        };
+        let Found::Lead(joined) = bench.fills.find(&wanted).await else {
+            panic!("somebody leads already")
+        };
+        let open = joined.open(Deadline::for_answer()).await;
+        let open = open.expect("it is there").expect("in time");
+        assert_eq!((open.size(), open.told()), (None, Some(told)));
+        let mut tail = open.read_as_told();
+        tail.settled().await.expect("the blob itself is right");
+        let mut given = 0;
+        let ended = loop {
+            match tail.next().await {
+                Ok(Some(Part::Span(span))) => given += span.len,
+                Ok(Some(Part::Memory(bytes))) => given += bytes.len() as u64,
+                Ok(None) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        if told == blob.size() {
+            assert_eq!((ended.is_ok(), given), (true, told));
+        } else {
+            assert!(ended.is_err() && given < told, "{given} of {told}");
+        }
+    }
+    bench.end().await;
+}
+
 /// Waits until a connection is free, or none is.
 async fn until_free(bench: &Bench, free: usize) {
     let places = &bench.fills.places[&UpstreamId::new("up")];

@@ -191,9 +191,11 @@ async fn filling(
 ) -> Result<Answer, Problem> {
     let mut response = Response::new(Body::empty());
     let Some(size) = open.size() else {
-        // The upstream did not tell the size, so no range can be answered exactly: everything is sent (RFC 9110 section 14.2).
-        describe(response.headers_mut(), digest, None);
-        *response.body_mut() = Body::stream(None, parts(open.read(None, Release::Verified)));
+        // The upstream did not tell the size, so no range can be answered exactly: everything is sent (RFC 9110 section 14.2). What a
+        // manifest tells is good enough for a length: where it is a lie, the answer is cut.
+        let told = open.told();
+        describe(response.headers_mut(), digest, told);
+        *response.body_mut() = Body::stream(told, parts(open.read_as_told()));
         return Ok(Answer::new(response, verdict));
     };
     let early = if open.is_verified() {

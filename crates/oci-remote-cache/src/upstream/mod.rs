@@ -193,9 +193,8 @@ impl Upstream {
 
     /// Asks, and tries again where that may help, until there is an answer, a verdict, or no time left.
     pub async fn send(&self, ask: &Ask, deadline: Deadline) -> Result<Answer, UpstreamError> {
-        let fail = |failure| {
-            UpstreamError::new(self.id.clone(), ask.describe(), failure).at(ask.mirror)
-        };
+        let fail =
+            |failure| UpstreamError::new(self.id.clone(), ask.describe(), failure).at(ask.mirror);
         let Some(place) = self.places.get(ask.mirror) else {
             let none = Fault::Connect(format!("there is no mirror {}", ask.mirror));
             return Err(fail(none.into()));

@@ -127,6 +127,11 @@ impl BlobAsk {
         }
     }
 
+    /// The error for an answer that is none.
+    pub fn broken(&self, what: &str) -> UpstreamError {
+        self.upstream.broken(&self.ask(None, self.place), what)
+    }
+
     /// A stream of `slice` of a blob of `total` bytes that is opened when its first byte is wanted. What comes must have `validator`.
     pub fn later(self, slice: Slice, total: u64, validator: Option<String>) -> BlobStream {
         BlobStream {
@@ -356,9 +361,7 @@ impl BlobStream {
     }
 
     fn broken(&self, what: &str) -> UpstreamError {
-        self.ask
-            .upstream
-            .broken(&self.ask.ask(None, self.ask.place), what)
+        self.ask.broken(what)
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use oci::OCI_MANIFEST;
 use serde_json::json;
-use testbed::cache::blob_path;
+use testbed::cache::{assert_good, blob_path};
 use testbed::{
     Content, Handler, Kind, Matcher, Registry, Request, ServeOptions, Upstream, eventually, faults,
 };
@@ -46,22 +46,71 @@ fn in_chunks() -> Handler {
     })
 }
 
+/// A manifest that says this of its only layer.
+fn claiming(blob: &Content, size: u64) -> Content {
+    let layer = json!({
+        "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+        "digest": blob.digest.to_string(),
+        "size": size,
+    });
+    let config = Content::blob(20, "config");
+    let body = json!({
+        "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config.descriptor(), "layers": [layer],
+    });
+    Content::json(&body, OCI_MANIFEST)
+}
+
+/// An upstream that sends a layer in chunks does not tell its size, but the manifest does: clients see how much there is to come. Where
+/// that is a lie nobody completes the answer, and the blob is right all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_tells_the_length_of_what_comes_in_chunks() {
+    const SIZE: u64 = 3 * MIB as u64;
+    let sizes = [
+        SIZE,
+        1,
+        60_000,
+        1 << 20,
+        2 << 20,
+        SIZE - 1,
+        SIZE + 1,
+        2 * SIZE,
+    ];
+    for room in ["64MiB", "1MiB"] {
+        let registry = Registry::start().await;
+        let upstream = Upstream::new("up", registry.url());
+        let cache = cache()
+            .cache_line(&format!("max_blob = \"{room}\""))
+            .upstream(upstream)
+            .start()
+            .await;
+        for (index, told) in sizes.into_iter().enumerate() {
+            let blob = Content::blob(3 * MIB, &format!("claimed to be {told}"));
+            registry.put_blob(REPO, &blob);
+            registry.script(Matcher::blobs().of(blob.digest), faults::chunked(&blob));
+            let tag = format!("v{index}");
+            registry.put_manifest(REPO, Some(&tag), &claiming(&blob, told));
+            assert_eq!(cache.manifest("up", REPO, &tag).await.status, 200);
+            let first = cache.blob("up", REPO, blob.digest).await;
+            assert_eq!(first.number("content-length"), Some(told), "{first}");
+            assert_eq!(first.is_whole(), told == SIZE, "{first}");
+            let again = || async { cache.blob("up", REPO, blob.digest).await };
+            if room == "64MiB" {
+                let second = again().await;
+                assert_eq!(second.number("content-length"), Some(SIZE), "{second}");
+                assert_good(&second, &blob);
+            }
+        }
+        cache.check_invariants().await;
+    }
+}
+
 /// Anyone can push a manifest that lies about a layer: a HEAD without a length is not filled in from there.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_head_tells_the_true_size_or_none() {
     let (registry, cache) = up().await;
     let blob = Content::blob(3000, "of three thousand");
     registry.put_blob(REPO, &blob);
-    let layer = json!({
-        "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
-        "digest": blob.digest.to_string(),
-        "size": 77,
-    });
-    let config = Content::blob(20, "config");
-    let body = json!({
-        "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config.descriptor(), "layers": [layer],
-    });
-    let lie = Content::json(&body, OCI_MANIFEST);
+    let lie = claiming(&blob, 77);
     registry.put_manifest(REPO, Some("lie"), &lie);
     assert_eq!(cache.manifest("up", REPO, "lie").await.status, 200);
     let head = || cache.send(Request::head(&blob_path("up", REPO, blob.digest)));
