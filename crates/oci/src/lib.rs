@@ -16,6 +16,7 @@ pub mod name;
 pub mod range;
 pub mod reference;
 pub mod route;
+pub mod warning;
 
 pub use challenge::{Bearer, Challenge, Scope, pull_scope};
 pub use descriptor::{Descriptor, Platform};
@@ -31,3 +32,4 @@ pub use name::{NameError, NamePath, RepositoryName};
 pub use range::{ContentRange, RangeHeader, RangeSpec, Resolved, Slice};
 pub use reference::{Reference, ReferenceError, Tag};
 pub use route::{Page, Route, RouteError, Target};
+pub use warning::Warning;

@@ -77,6 +77,7 @@ impl Cache {
             body: (wish.method == Method::Get).then_some(held.body),
             verdict,
             age,
+            warnings: None,
         })
     }
 

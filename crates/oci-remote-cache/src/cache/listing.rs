@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use oci::{AnyDigest, Page, Reference};
+use oci::{AnyDigest, Page, Reference, Warning};
 use quick_cache::Weighter;
 use quick_cache::sync::Cache as Memory;
 use serde::Deserialize;
@@ -60,6 +60,8 @@ pub struct Listing {
     pub content: Content,
     /// The parameters of the next page, if there is one.
     pub next: Option<Page>,
+    /// What the upstream wants people to read.
+    pub warnings: Vec<Warning>,
     checked: Timestamp,
 }
 
@@ -112,7 +114,8 @@ impl Weighter<ListingKey, Arc<Listing>> for ByLength {
             Content::Tags(body) | Content::Referrers { index: body, .. } => body.len(),
         };
         let next = listing.next.as_ref().map_or(0, length);
-        (bytes + next + source.repository.as_str().len() + list.length()) as u64 + 512
+        let warnings: usize = listing.warnings.iter().map(|one| one.text().len()).sum();
+        (bytes + next + warnings + source.repository.as_str().len() + list.length()) as u64 + 512
     }
 }
 
@@ -355,6 +358,10 @@ impl Cache {
         listing.next = upstream
             .next_page(&ask, &answer)
             .filter(|_| !list.is_empty());
+        // The page is kept for all, what one client was told is not.
+        if !visit.is_personal() {
+            listing.warnings = answer.warnings();
+        }
         let listing = Arc::new(listing);
         self.inner.negatives.forget(&of_list(visit, list));
         self.inner.listings.pages.insert(key, Arc::clone(&listing));
@@ -404,6 +411,7 @@ impl Cache {
         Some(Listing {
             content,
             next: None,
+            warnings: Vec::new(),
             checked: self.inner.clock.now(),
         })
     }
@@ -495,6 +503,7 @@ mod tests {
             Arc::new(Listing {
                 content,
                 next,
+                warnings: Vec::new(),
                 checked,
             })
         };

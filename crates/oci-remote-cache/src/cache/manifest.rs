@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use oci::{AnyDigest, Digest, MANIFEST_LIMIT, ManifestView, MediaType, Reference, Tag};
+use oci::{AnyDigest, Digest, MANIFEST_LIMIT, ManifestView, MediaType, Reference, Tag, Warning};
 
 use super::error::{CacheError, Thing};
 use super::freshness::{Fallback, Freshness, Instead, Meanwhile};
@@ -52,6 +52,8 @@ pub struct ManifestAnswer {
     pub verdict: Verdict,
     /// How long ago the upstream last said so, for answers by tag that were kept.
     pub age: Option<Duration>,
+    /// What the upstream wants people to read.
+    pub warnings: Option<Arc<[Warning]>>,
 }
 
 /// A manifest in memory.
@@ -92,12 +94,14 @@ impl Cache {
         let what = Resource::Manifest(reference.clone());
         let visit = self.enter(grant, what.clone(), deadline).await?;
         let answered = self.manifest_for(&visit, reference, wish, deadline).await;
-        let Err(error) = answered else {
-            return answered;
+        let error = match answered {
+            Ok(answer) => return Ok(self.warned(&visit, answer)),
+            Err(error) => error,
         };
         let again = self.enter_again(grant, (&visit, what), error, deadline);
         let own = Box::pin(again).await?;
-        Box::pin(self.manifest_for(&own, reference, wish, deadline)).await
+        let answered = Box::pin(self.manifest_for(&own, reference, wish, deadline)).await;
+        answered.map(|answer| self.warned(&own, answer))
     }
 
     async fn manifest_for(
@@ -297,6 +301,7 @@ impl Cache {
                 body: (method == Method::Get).then_some(held.body),
                 verdict: Verdict::Hit,
                 age: None,
+                warnings: None,
             });
         }
         let fetched = self.fetch_digest(visit, digest, deadline).await?;
@@ -351,7 +356,9 @@ impl Cache {
             }
         };
         self.lift(visit, answer.0.allowed()).await;
+        let warnings = answer.0.warnings();
         let judged = read_manifest(visit, answer, Some(digest))?;
+        self.note_warnings(visit, (digest.into(), Method::Get), warnings);
         Ok(self.keep(visit, judged, None).await)
     }
 
@@ -517,6 +524,7 @@ impl Fetched {
             body: self.body.filter(|_| method == Method::Get),
             verdict: self.verdict,
             age: None,
+            warnings: None,
         }
     }
 

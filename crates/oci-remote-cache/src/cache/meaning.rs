@@ -64,6 +64,7 @@ impl Cache {
             body: (method == Method::Get).then_some(held.body),
             verdict: Verdict::Stale(why),
             age: Some(meaning.seen.age(self.inner.clock.now())),
+            warnings: None,
         })
     }
 

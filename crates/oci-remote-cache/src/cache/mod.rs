@@ -27,6 +27,7 @@ pub mod single_flight;
 mod standing;
 mod visit;
 pub mod warm;
+mod warned;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -99,6 +100,7 @@ struct Inner {
     manifests: Memory<Digest, Held, ByLength>,
     small: Memory<Digest, Bytes, ByLength>,
     told: Memory<Digest, Told>,
+    warned: warned::Warned,
     images: ahead::Images,
     negatives: Negatives,
     not_public: Refused,
@@ -147,6 +149,7 @@ impl Cache {
             manifests: Memory::with_weighter(4096, MANIFEST_MEMORY, ByLength),
             small: Memory::with_weighter(4096, SMALL_MEMORY, ByLength),
             told: Memory::new(TOLD),
+            warned: warned::Warned::new(),
             images: ahead::Images::new(),
             negatives: Negatives::new(clock.clone()),
             not_public: Refused::new(clock.clone()),

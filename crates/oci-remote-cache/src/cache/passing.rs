@@ -50,6 +50,7 @@ impl Cache {
             body: (wish.method == Method::Get).then_some(judged.body),
             verdict: Verdict::Bypass(why),
             age: None,
+            warnings: None,
         })
     }
 
@@ -72,7 +73,12 @@ impl Cache {
         let upstream = &self.origin(visit)?.upstream;
         let answered = upstream.whole(&ask, MANIFEST_LIMIT, Deadline::for_answer());
         match answered.await {
-            Ok(answer) => read_manifest(visit, answer, None),
+            Ok(answer) => {
+                let warnings = answer.0.warnings();
+                let judged = read_manifest(visit, answer, None)?;
+                self.note_warnings(visit, (judged.digest.into(), Method::Get), warnings);
+                Ok(judged)
+            }
             Err(error) if alone(&error) => Err(refusal_alone(visit, Thing::Manifest, error)),
             Err(error) => Err(self
                 .judge_refusal(visit, Thing::Manifest, name, &Arc::new(error))

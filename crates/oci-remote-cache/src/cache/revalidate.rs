@@ -134,6 +134,8 @@ impl Cache {
             Ok(answer) => match mapping(&answer) {
                 Some(mapping) => {
                     self.lift(visit, answer.allowed()).await;
+                    let whose = (mapping.digest.into(), Method::Head);
+                    self.note_warnings(visit, whose, answer.warnings());
                     self.mapped(visit, tag, (mapping, record, method)).await
                 }
                 None => self.get_tag(visit, tag).await,
@@ -218,7 +220,9 @@ impl Cache {
             Err(error) => return Err(self.tag_refused(visit, tag, error).await),
         };
         self.lift(visit, answer.0.allowed()).await;
+        let warnings = answer.0.warnings();
         let judged = read_manifest(visit, answer, None)?;
+        self.note_warnings(visit, (judged.digest.into(), Method::Get), warnings);
         self.inner.negatives.forget(&of_tag(visit, tag));
         Ok(self
             .keep(visit, judged, Some((tag, self.inner.clock.now())))

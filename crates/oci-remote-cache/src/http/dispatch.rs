@@ -376,6 +376,13 @@ pub fn set(headers: &mut HeaderMap, name: HeaderName, value: &str) {
     }
 }
 
+/// Adds one more line of a header; a value that cannot be one is left out.
+pub fn add(headers: &mut HeaderMap, name: HeaderName, value: &str) {
+    if let Ok(value) = HeaderValue::from_str(value) {
+        headers.append(name, value);
+    }
+}
+
 /// Docker with an image store of its own gives up a pull when the ping asks for a login that it does not have, also where none is
 /// needed. What is told apart here opens nothing.
 fn gives_up(parts: &Parts) -> bool {

@@ -8,7 +8,7 @@ use oci::{AnyDigest, OCI_INDEX, Page, Route, Target};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use super::body::Body;
-use super::dispatch::{Answer, Request, set};
+use super::dispatch::{Answer, Request, add, set};
 use super::failure;
 use super::problem::Problem;
 use crate::cache::Cache;
@@ -38,7 +38,7 @@ pub async fn tags(request: &Request<'_>, route: &Route, page: &Page) -> Result<A
     let mut response = Response::new(Body::memory(tags.clone()));
     set(response.headers_mut(), CONTENT_TYPE, "application/json");
     next(&mut response, route, &listing, None);
-    Ok(said(response, verdict))
+    Ok(said(response, &listing, verdict))
 }
 
 /// Answers `referrers/<digest>`.
@@ -63,7 +63,7 @@ pub async fn referrers(
         set(response.headers_mut(), OCI_FILTERS_APPLIED, "artifactType");
     }
     next(&mut response, route, &listing, artifact_type);
-    Ok(said(response, verdict))
+    Ok(said(response, &listing, verdict))
 }
 
 /// Answers `_catalog`: what is cached, under the names by which clients ask for it here.
@@ -107,12 +107,15 @@ async fn list(
     answer.map_err(|error| failure::of_cache(&error))
 }
 
-fn said(mut response: Response<Body>, verdict: Verdict) -> Answer {
+fn said(mut response: Response<Body>, listing: &Listing, verdict: Verdict) -> Answer {
+    for warning in &listing.warnings {
+        add(response.headers_mut(), WARNING, &warning.to_string());
+    }
     if let Verdict::Stale(why) = verdict
         && let Some(why) = why.warning()
     {
         let text = format!("299 - \"served from cache: {why}\"");
-        set(response.headers_mut(), WARNING, &text);
+        add(response.headers_mut(), WARNING, &text);
     }
     Answer::new(response, verdict)
 }

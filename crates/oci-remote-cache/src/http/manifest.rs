@@ -8,7 +8,7 @@ use hyper::{Response, StatusCode, header};
 use oci::{AnyDigest, Reference};
 
 use super::body::Body;
-use super::dispatch::{Answer, Request, set};
+use super::dispatch::{Answer, Request, add, set};
 use super::problem::Problem;
 use super::{conditional, failure};
 use crate::cache::manifest::{ManifestAnswer, ManifestWish, Method};
@@ -75,6 +75,9 @@ fn describe(response: &mut Response<Body>, manifest: &ManifestAnswer, reference:
             set(headers, VARY, "Accept");
         }
     }
+    for warning in manifest.warnings.iter().flat_map(|all| all.iter()) {
+        add(headers, WARNING, &warning.to_string());
+    }
     if let Some(age) = manifest.age {
         set(headers, AGE, &age.as_secs().to_string());
     }
@@ -84,6 +87,6 @@ fn describe(response: &mut Response<Body>, manifest: &ManifestAnswer, reference:
         let age = manifest.age.unwrap_or_default().as_secs();
         // podman prints it to its user.
         let text = format!("299 - \"served from cache, last checked {age} s ago: {why}\"");
-        set(headers, WARNING, &text);
+        add(headers, WARNING, &text);
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use oci::{AnyDigest, ContentRange};
+use oci::{AnyDigest, ContentRange, Warning};
 use prometheus_client::metrics::counter::Counter;
 use reqwest::Response;
 use reqwest::header::HeaderMap;
@@ -113,6 +113,11 @@ impl Answer {
     pub(super) fn headers(&self, name: &str) -> impl Iterator<Item = &str> {
         let values = self.headers.get_all(name);
         values.iter().filter_map(|value| value.to_str().ok())
+    }
+
+    /// What the upstream wants people to read.
+    pub fn warnings(&self) -> Vec<Warning> {
+        Warning::parse_all(self.headers("warning"))
     }
 
     /// Which place gave it, and from where: redirects may have led elsewhere.

@@ -114,6 +114,61 @@ async fn a_tag_is_asked_about_behind_the_clients_back() {
     cache.check_invariants().await;
 }
 
+/// All that an answer warns of.
+fn warnings(response: &Response) -> Vec<&str> {
+    let lines = response.headers.iter();
+    lines
+        .filter(|(name, _)| name.eq_ignore_ascii_case("warning"))
+        .map(|(_, value)| value.as_str())
+        .collect()
+}
+
+/// podman shows people what a registry warns of. It is told with hits too, and with a list; other forms than the specification's are not.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_upstream_warns_of_reaches_everyone() {
+    const SAID: &str = "299 - \"moved to \\\"new.example\\\"\"";
+    let (registry, cache) = up_as(|upstream| upstream.tag_ttl("1s")).await;
+    let image = registry.put_image(&ImageSpec::new(REPO, "v1"));
+    let body = image.manifest.data.clone();
+    let warns = [
+        ("Content-Type", image.manifest.media_type.as_str()),
+        (
+            "Warning",
+            "110 - \"stale\", 299 evil.example \"click here\"",
+        ),
+        ("Warning", SAID),
+    ];
+    registry.script((Kind::Manifest, "GET"), faults::status(200, &warns, body));
+    let get = manifest_path("up", REPO, "v1");
+    for _ in 0..2 {
+        for request in [Request::get(&get), Request::head(&get)] {
+            let answer = cache.send(request).await;
+            assert_eq!(warnings(&answer), [SAID], "{answer}");
+        }
+    }
+    // A HEAD that says less takes nothing back; beside it stands what is our own to say.
+    sleep(Duration::from_millis(1100)).await;
+    assert_eq!(warnings(&cache.get(&get).await), [SAID]);
+    registry.script(Matcher::any(), faults::error(503, "UNAVAILABLE", &[]));
+    sleep(Duration::from_millis(1100)).await;
+    let stale = cache.get(&get).await;
+    let told = warnings(&stale);
+    assert!(
+        told.len() == 2 && told[0] == SAID && told[1].contains("served from cache"),
+        "{told:?}"
+    );
+    registry.clear_scripts();
+    let warns = [("Content-Type", "application/json"), ("Warning", SAID)];
+    let list = format!("{{\"name\":\"{REPO}\",\"tags\":[\"v1\"]}}");
+    registry.script(Kind::Tags, faults::status(200, &warns, list));
+    sleep(Duration::from_millis(1500)).await;
+    for _ in 0..2 {
+        let list = cache.get(&format!("/v2/up/{REPO}/tags/list")).await;
+        assert_eq!((list.status, warnings(&list)), (200, vec![SAID]), "{list}");
+    }
+    cache.check_invariants().await;
+}
+
 /// F19 with `on_deleted = "serve"`.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_tag_may_be_served_on() {
