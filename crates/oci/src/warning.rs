@@ -16,25 +16,22 @@ pub struct Warning(String);
 
 impl Warning {
     /// The warnings in these header lines, as many as fit in 4096 bytes.
-    pub fn parse_all<'a, L>(lines: L) -> Vec<Self>
-    where
-        L: IntoIterator<Item = &'a str>, {
+    #[expect(
+        single_use_lifetimes,
+        reason = "an elided lifetime in an impl Trait argument is not stable"
+    )]
+    pub fn parse_all<'a>(lines: impl IntoIterator<Item = &'a str>) -> Vec<Self> {
         let mut room = ALL;
-        let mut found = Vec::new();
-        for line in lines.into_iter().filter(|line| line.len() <= ALL) {
-            let mut rest = line;
-            while !rest.is_empty() {
-                let Some(warning) = Self::take(&mut rest) else {
-                    continue;
-                };
-                let Some(left) = room.checked_sub(warning.to_string().len()) else {
-                    return found;
-                };
-                room = left;
-                found.push(warning);
-            }
-        }
-        found
+        lines
+            .into_iter()
+            .filter(|line| line.len() <= ALL)
+            .flat_map(parse_line)
+            .take_while(|warning| {
+                let left = room.checked_sub(warning.to_string().len());
+                room = left.unwrap_or(0);
+                left.is_some()
+            })
+            .collect()
     }
 
     /// Its text, without quotes.
@@ -42,7 +39,7 @@ impl Warning {
         &self.0
     }
 
-    /// Takes one list member off the front.
+    /// Takes one list member off the front; nothing when it is of another form.
     fn take(rest: &mut &str) -> Option<Self> {
         *rest = rest.trim_start_matches([' ', '\t', ',']);
         let said = rest.strip_prefix("299 - \"").is_some();
@@ -61,6 +58,14 @@ impl Warning {
         let printable = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
         (fits && text.bytes().all(printable)).then_some(Self(text))
     }
+}
+
+fn parse_line(mut rest: &str) -> Vec<Warning> {
+    let mut found = Vec::new();
+    while !rest.is_empty() {
+        found.extend(Warning::take(&mut rest));
+    }
+    found
 }
 
 /// As a header's value.
@@ -89,12 +94,18 @@ mod tests {
     #[test]
     fn reads_the_form_of_the_specification_and_no_other() {
         for (line, found) in [
-            (r#"299 - "Deprecated, use \"v2\"""#, &[r#"Deprecated, use "v2""#][..]),
+            (
+                r#"299 - "Deprecated, use \"v2\"""#,
+                &[r#"Deprecated, use "v2""#][..],
+            ),
             (r#"299 - "one", 299 - "two""#, &["one", "two"]),
             (r#"  299 - "padded"  "#, &["padded"]),
             (r#"110 - "stale", 299 - "kept""#, &["kept"]),
             (r#"299 proxy.example "named agent""#, &[]),
-            (r#"299 - "dated" "Tue, 24 Nov 2026 00:00:00 GMT", 299 - "next""#, &["next"]),
+            (
+                r#"299 - "dated" "Tue, 24 Nov 2026 00:00:00 GMT", 299 - "next""#,
+                &["next"],
+            ),
             (r#"299 - """#, &[]),
             ("299 - bare, 299", &[]),
             ("299 - \"a\tb\"", &[]),

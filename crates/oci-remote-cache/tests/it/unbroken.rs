@@ -681,7 +681,7 @@ async fn a_mirror_that_lacks_something_is_not_the_last_one_asked() {
     let registry = Registry::start().await;
     let (empty, full) = (Registry::start().await, Registry::start().await);
     let mirrors = [empty.url(), full.url()];
-    let mirrors: Vec<_> = mirrors.iter().map(|url| url.as_str()).collect();
+    let mirrors: Vec<_> = mirrors.iter().map(String::as_str).collect();
     let upstream = Upstream::new("up", registry.url()).mirrors(&mirrors);
     let cache = cache().upstream(upstream).start().await;
     let image = full.put_image(&ImageSpec::new(REPO, "v1"));
