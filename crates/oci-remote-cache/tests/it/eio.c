@@ -1,5 +1,6 @@
 /* Stands between a program and its C library: calls on files below spool/ and blobs/ fail with EIO, as those of a dying disk do.
- * What fails is said by empty files in the folder $EIO: `write` (beyond the first MiB; there before the program starts), `sync`, `open`, `read`, and `late` (reads beyond it). */
+ * What fails is said by empty files in the folder $EIO: `sync`, `open`, `read`, and `late` (reads beyond the first MiB); and, there before the
+ * program starts, `write` (beyond the first MiB), `send` (sendfile), and `unsent` (sendfile is not there at all). */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -44,20 +45,26 @@ ssize_t pwrite64(int fd, const void *bytes, size_t count, off64_t at) {
   return real(fd, bytes, count, at);
 }
 
-/* Vectored positioned writes do not go through the C library, so the kernel is told to refuse them: for as long as the process lives. */
-__attribute__((constructor)) static void refuse_writes(void) {
-  if (!ill("write")) return;
+/* From here on the kernel refuses this call: where its argument is no less than `least`, for as long as the process lives. */
+static void refuse(int call, int argument, unsigned least, int error) {
   struct sock_filter steps[] = {
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
-      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_pwritev, 0, 3),
-      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[3])),
-      BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, SPARED, 0, 1),
-      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EIO),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 3),
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[argument])),
+      BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, least, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error),
       BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
   };
   struct sock_fprog filter = {.len = sizeof steps / sizeof *steps, .filter = steps};
   prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
   if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) != 0) perror("seccomp");
+}
+
+/* These do not go through the C library. */
+__attribute__((constructor)) static void refuse_calls(void) {
+  if (ill("write")) refuse(__NR_pwritev, 3, SPARED, EIO);
+  if (ill("send")) refuse(__NR_sendfile, 3, 0, EIO);
+  if (ill("unsent")) refuse(__NR_sendfile, 3, 0, ENOSYS);
 }
 
 ssize_t pread64(int fd, void *bytes, size_t count, off64_t at) {

@@ -2,6 +2,7 @@
 
 use std::future::Future as _;
 use std::io::{self, IoSlice};
+use std::os::unix::fs::FileExt as _;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -21,6 +22,9 @@ use crate::store::span::Span;
 
 /// Bytes handed to one sendfile call: a cold file blocks the thread for so long only.
 const CALL: usize = 1 << 20;
+
+/// Bytes that go through memory at once where there is no sendfile(2).
+const COPIED: usize = 64 << 10;
 
 /// Bytes a connection may send before it lets others have the thread.
 const TURN: usize = 4 << 20;
@@ -277,6 +281,12 @@ fn send_memory(
     Ok(sent)
 }
 
+/// Who failed when a span was to be sent.
+enum Fault {
+    File(io::Error),
+    Socket(io::Error),
+}
+
 /// Sends bytes of the front span in place of `zeros` bytes of the block.
 fn send_span(stream: &TcpStream, line: &Line, zeros: usize) -> io::Result<usize> {
     let span = line.front(zeros)?;
@@ -284,18 +294,38 @@ fn send_span(stream: &TcpStream, line: &Line, zeros: usize) -> io::Result<usize>
     let sent = retry_on_intr(|| {
         rustix::fs::sendfile(stream, &*span.file, Some(&mut offset), zeros.min(CALL))
     });
-    let error = match sent {
-        Ok(0) => short_file(&span),
+    let sent = match sent {
+        Ok(0) => Err(Fault::File(short_file(&span))),
+        Ok(bytes) => Ok(bytes),
+        Err(Errno::AGAIN) => Err(Fault::Socket(Errno::AGAIN.into())),
+        // Whose fault it was is not said. Some filesystems and sandboxes have no sendfile(2) at all.
+        Err(_) => send_copied(stream, &span, zeros),
+    };
+    match sent {
         Ok(bytes) => {
             line.took(bytes);
-            return Ok(bytes);
+            Ok(bytes)
         }
-        Err(Errno::IO) => Errno::IO.into(),
-        Err(e) => return Err(e.into()),
+        Err(Fault::File(error)) => {
+            warn!(error = %error, "cannot read a stored file: the answer is cut");
+            line.broke(&error);
+            Err(error)
+        }
+        Err(Fault::Socket(error)) => Err(error),
+    }
+}
+
+/// The same through this process's memory.
+fn send_copied(stream: &TcpStream, span: &Span, most: usize) -> Result<usize, Fault> {
+    let mut block = vec![0; most.min(COPIED)];
+    let read = span.file.read_at(&mut block, span.offset);
+    let read = read.map_err(Fault::File)?;
+    let Some(bytes) = block.get(..read).filter(|bytes| !bytes.is_empty()) else {
+        return Err(Fault::File(short_file(span)));
     };
-    warn!(error = %error, "cannot read a stored file: the answer is cut");
-    line.broke(&error);
-    Err(error)
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    retry_on_intr(|| rustix::net::send(stream, bytes, flags))
+        .map_err(|error| Fault::Socket(error.into()))
 }
 
 /// The file ends before the span does: someone shortened a file that is never changed.
