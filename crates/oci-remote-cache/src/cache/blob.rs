@@ -267,9 +267,12 @@ impl Cache {
         })
     }
 
-    /// A stored blob could not be read to its end: it is looked at, and forgotten if it is damaged, so that the next who asks is given it
-    /// by the upstream.
+    /// An answer with a blob broke off. If the blob is stored it is looked at, and forgotten if it is damaged, so that the next who asks is
+    /// given it by the upstream.
     pub fn doubt(&self, digest: Digest) {
+        if !self.inner.store.contains(&digest) {
+            return;
+        }
         let (cache, store) = (self.clone(), self.inner.store.clone());
         let look = move || async move {
             let health = store.check(&digest).await;

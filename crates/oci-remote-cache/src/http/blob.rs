@@ -42,17 +42,13 @@ pub async fn answer(request: &Request<'_>, digest: &AnyDigest) -> Result<Answer,
         .await;
     match found.map_err(|error| failure::of_cache(&error))? {
         BlobAnswer::Stored(blob) => {
-            let (cache, held) = (request.cache.clone(), blob.digest);
-            let alarm = Alarm::new(move || cache.doubt(held));
             let answer = stored(digest, &Local::File(blob), ranges.as_ref())?;
-            Ok(Answer {
-                response: answer.response.map(|body| body.guarded(alarm)),
-                ..answer
-            })
+            Ok(guarded(answer, request, digest))
         }
         BlobAnswer::Held(body) => stored(digest, &Local::Memory(body), ranges.as_ref()),
         BlobAnswer::Filling(open, verdict) => {
-            filling(digest, *open, verdict, (ranges.as_ref(), wish)).await
+            let answer = filling(digest, *open, verdict, (ranges.as_ref(), wish)).await?;
+            Ok(guarded(answer, request, digest))
         }
         BlobAnswer::Passing {
             size,
@@ -63,6 +59,19 @@ pub async fn answer(request: &Request<'_>, digest: &AnyDigest) -> Result<Answer,
             describe(response.headers_mut(), digest, size);
             Ok(Answer::new(response, verdict))
         }
+    }
+}
+
+/// The same answer; where it breaks off, what is stored of the blob is looked at.
+fn guarded(answer: Answer, request: &Request<'_>, digest: &AnyDigest) -> Answer {
+    let AnyDigest::Known(digest) = *digest else {
+        return answer;
+    };
+    let cache = request.cache.clone();
+    let alarm = Alarm::new(move || cache.doubt(digest));
+    Answer {
+        response: answer.response.map(|body| body.guarded(alarm)),
+        ..answer
     }
 }
 
