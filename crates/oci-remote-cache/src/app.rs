@@ -1,6 +1,7 @@
 //! Assembly: configuration in, a running cache out, and its orderly end.
 
 use std::collections::{HashMap, HashSet};
+use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -160,7 +161,7 @@ impl App {
         self.clients.local_addr()
     }
 
-    /// Serves until SIGTERM or SIGINT, then lets transfers under way end for up to `DRAIN`; a second signal ends at once.
+    /// Serves until SIGTERM or SIGINT (or the terminal is closed that it was started from), then lets transfers under way end for up to `DRAIN`; a second signal ends at once.
     pub async fn run(self) -> Result<(), StartError> {
         let mut signals = Signals::new()?;
         let tasks = self.tasks.clone();
@@ -211,6 +212,9 @@ impl App {
 struct Signals {
     terminate: tokio::signal::unix::Signal,
     interrupt: tokio::signal::unix::Signal,
+    hangup: tokio::signal::unix::Signal,
+    /// Somebody sits before it, and a hangup means that they left.
+    attended: bool,
 }
 
 impl Signals {
@@ -218,13 +222,24 @@ impl Signals {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+            attended: std::io::stdin().is_terminal(),
         })
     }
 
     async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return,
+                _ = self.interrupt.recv() => return,
+                _ = self.hangup.recv() => {}
+            }
+            if self.attended {
+                return;
+            }
+            tracing::warn!(
+                "nothing is read again on SIGHUP: a changed configuration takes a restart"
+            );
         }
     }
 }

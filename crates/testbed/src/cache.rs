@@ -182,6 +182,11 @@ impl CacheProcess {
         );
     }
 
+    /// What a closed terminal sends, and who thinks that a configuration is read again.
+    pub fn hang_up(&self) {
+        self.signal(Signal::HUP);
+    }
+
     /// Ends the process in good order, unless it has ended, and starts it again on the same files and ports.
     pub async fn restart(&self) {
         if self.is_running() {

@@ -238,7 +238,10 @@ fn denied(visit: &Visit, denial: Denial) -> CacheError {
     let source_ = visit.source.clone();
     match denial {
         Denial::Login => CacheError::LogIn { source_ },
-        Denial::Rights => CacheError::Denied { source_ },
+        Denial::Rights => CacheError::Denied {
+            source_,
+            refused: None,
+        },
     }
 }
 

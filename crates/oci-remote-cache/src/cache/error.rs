@@ -6,7 +6,7 @@ use oci::{AnyDigest, ErrorCode, ManifestError};
 
 use crate::fill::FillError;
 use crate::names::Source;
-use crate::upstream::UpstreamError;
+use crate::upstream::{Refused, UpstreamError};
 use crate::verdict::Why;
 
 /// What a request asked for, for the message and the specification's error code.
@@ -36,10 +36,12 @@ pub enum CacheError {
         source_: Source,
     },
     /// The upstream refuses this repository to us.
-    #[error("{source_}: the upstream refuses access")]
+    #[error("{source_}: the upstream {}", refusal(source_, *refused))]
     Denied {
         /// Which repository.
         source_: Source,
+        /// To whom, where the upstream has just said so and it was not the client's own login.
+        refused: Option<Refused>,
     },
     /// The upstream wants to know who this client is, or does not know the login it showed.
     #[error("{source_}: log in with your login at {}", source_.upstream)]
@@ -152,6 +154,21 @@ impl Thing {
         match self {
             Self::Tags => "tags",
             Self::Manifest | Self::Blob | Self::Referrers => self.as_str(),
+        }
+    }
+}
+
+/// What an upstream refused, and the way out.
+fn refusal(source: &Source, refused: Option<Refused>) -> String {
+    let section = format!("[upstreams.\"{}\"]", source.upstream);
+    match refused {
+        None => "refuses access".to_owned(),
+        Some(Refused::Anonymous) => format!(
+            "refuses access to strangers, or has no such repository; `credentials` in {section} say who we are there"
+        ),
+        Some(Refused::Login) => format!("does not take the credentials of {section}"),
+        Some(Refused::Rights) => {
+            format!("refuses access to the credentials of {section}, or has no such repository")
         }
     }
 }

@@ -128,6 +128,7 @@ impl Cache {
         if self.is_suspended(visit)? {
             return Err(CacheError::Denied {
                 source_: visit.source.clone(),
+                refused: None,
             });
         }
         Ok(())

@@ -11,6 +11,7 @@ use super::error::Thing;
 use super::visit::Visitor;
 use crate::clock::{Clock, Timestamp};
 use crate::names::Source;
+use crate::upstream;
 
 /// Answers remembered at most, or about so many where they have names.
 const MOST: usize = 20_000;
@@ -23,8 +24,8 @@ const EACH: u64 = 512;
 pub(super) enum Refusal {
     /// 404, with what the upstream called it.
     Unknown(Option<ErrorCode>),
-    /// 401 or 403.
-    Denied,
+    /// 401 or 403, and to whom.
+    Denied(upstream::Refused),
 }
 
 /// Repositories that were refused, for a while.

@@ -318,10 +318,10 @@ impl Cache {
                 .map(|origin| origin.rules.negative_ttl)
                 .unwrap_or_default(),
             // One client's login is refused, or nobody's: that says nothing about the others.
-            Refusal::Denied if visit.is_personal() => {
+            Refusal::Denied(_) if visit.is_personal() => {
                 return self.deny(visit, refused_);
             }
-            Refusal::Denied => {
+            Refusal::Denied(_) => {
                 self.note_login(source, refused_);
                 if self.is_on_record(source, thing, &name) || self.is_refused_too(visit).await {
                     self.suspend(source, error).await;
@@ -342,7 +342,7 @@ fn refusal_in(thing: Thing, fault: &Fault) -> Option<(Refusal, Option<Refused>)>
         Fault::NotFound { code } => {
             Some((Refusal::Unknown(thing.code_told(code.as_deref())), None))
         }
-        Fault::Denied { refused, .. } => Some((Refusal::Denied, Some(*refused))),
+        Fault::Denied { refused, .. } => Some((Refusal::Denied(*refused), Some(*refused))),
         Fault::Connect(_)
         | Fault::Late
         | Fault::Broken(_)
@@ -377,8 +377,9 @@ pub(super) fn refused(source: &Source, thing: Thing, refusal: Refusal) -> CacheE
             code,
             source_: source.clone(),
         },
-        Refusal::Denied => CacheError::Denied {
+        Refusal::Denied(refused) => CacheError::Denied {
             source_: source.clone(),
+            refused: Some(refused),
         },
     }
 }

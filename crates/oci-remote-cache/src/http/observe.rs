@@ -15,9 +15,10 @@ use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::http::request::Parts;
 use hyper::{Method, Response, StatusCode, Uri};
 use tokio::time::Instant;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::body::{Alarm, Body};
+use super::problem::Said;
 use crate::metrics::{Metrics, RequestLabels};
 use crate::names::UpstreamId;
 use crate::policy::ClientName;
@@ -82,6 +83,8 @@ pub(super) struct Access {
     /// Who the client has shown to be.
     client: Option<ClientName>,
     answer: Option<Answer>,
+    /// What a refusal said.
+    said: Option<Said>,
     sent: AtomicU64,
     ended: AtomicBool,
     broken: OnceLock<String>,
@@ -145,6 +148,7 @@ impl Observer {
             arrived: Instant::now(),
             client: None,
             answer: None,
+            said: None,
             sent: AtomicU64::new(0),
             ended: AtomicBool::new(false),
             broken: OnceLock::new(),
@@ -164,6 +168,7 @@ impl Access {
             "answer"
         );
         self.client = response.extensions_mut().remove();
+        self.said = response.extensions_mut().remove();
         self.answer = Some(Answer {
             status: response.status(),
             expected: response.body().length(),
@@ -225,24 +230,34 @@ impl Access {
     }
 
     fn log(&self, status: u16, outcome: &Outcome) {
-        info!(
-            target: "access",
-            method = %self.method,
-            path = %ShownTarget(&self.uri),
-            status,
-            kind = outcome.kind,
-            verdict = outcome.verdict.as_str(),
-            why = outcome.verdict.why().map(Why::as_str),
-            upstream = outcome.upstream_key(),
-            bytes = self.sent.load(Ordering::Relaxed),
-            duration_ms = milliseconds(self.arrived.elapsed()),
-            end = if self.is_complete() { "complete" } else { "cut" },
-            broken = self.broken.get(),
-            peer = %self.peer,
-            client = self.client.as_ref().map(ClientName::as_str),
-            agent = self.agent.as_ref().map(shown_agent),
-            "answered"
-        );
+        macro_rules! line {
+            ($level:ident) => {
+                $level!(
+                    target: "access",
+                    method = %self.method,
+                    path = %ShownTarget(&self.uri),
+                    status,
+                    kind = outcome.kind,
+                    verdict = outcome.verdict.as_str(),
+                    why = outcome.verdict.why().map(Why::as_str),
+                    upstream = outcome.upstream_key(),
+                    bytes = self.sent.load(Ordering::Relaxed),
+                    duration_ms = milliseconds(self.arrived.elapsed()),
+                    end = if self.is_complete() { "complete" } else { "cut" },
+                    broken = self.broken.get(),
+                    error = self.said.as_ref().map(|said| said.0.as_str()),
+                    peer = %self.peer,
+                    client = self.client.as_ref().map(ClientName::as_str),
+                    agent = self.agent.as_ref().map(shown_agent),
+                    "answered"
+                )
+            };
+        }
+        if status >= 500 {
+            line!(warn);
+        } else {
+            line!(info);
+        }
     }
 
     fn log_operator(&self, status: u16) {

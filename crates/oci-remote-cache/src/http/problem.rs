@@ -32,6 +32,10 @@ pub struct Problem {
     close: bool,
 }
 
+/// What a person reads in a refusal, for the log: few clients show it.
+#[derive(Clone, Debug)]
+pub(super) struct Said(pub(super) String);
+
 /// The statuses a problem can have: errors only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Status {
@@ -175,6 +179,7 @@ impl Problem {
         let body = Body::memory(oci::error_body(self.code, &message));
         let mut response = Response::new(body);
         *response.status_mut() = self.status.http();
+        response.extensions_mut().insert(Said(message));
         let headers = response.headers_mut();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));

@@ -239,6 +239,43 @@ impl Resolve for GuardedResolver {
     }
 }
 
+/// What may be done about it, where rustls' own words do not tell people.
+fn advice(error: &reqwest::Error) -> Option<&'static str> {
+    use rustls::{CertificateError, InvalidMessage};
+    match of_tls(error)? {
+        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => Some(
+            "no authority that is trusted here has signed it; `ca_file` of the upstream adds one",
+        ),
+        rustls::Error::InvalidCertificate(CertificateError::Other(other))
+            if format!("{other:?}").contains("CaUsedAsEndEntity") =>
+        {
+            Some(
+                "an authority's own certificate (CA:TRUE) cannot be a server's as well: have it sign another one",
+            )
+        }
+        rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType) => {
+            Some("the other side does not speak TLS; should its URL begin with http://?")
+        }
+        _ => None,
+    }
+}
+
+/// The TLS library's own error. An I/O error does not name what it wraps as its source.
+fn of_tls(error: &reqwest::Error) -> Option<&rustls::Error> {
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        if let Some(found) = inner.downcast_ref() {
+            return Some(found);
+        }
+        let wrapped = inner.downcast_ref().and_then(io::Error::get_ref);
+        cause = match wrapped {
+            Some(wrapped) => Some(wrapped),
+            None => inner.source(),
+        };
+    }
+    None
+}
+
 /// The innermost cause of an error. The outer ones repeat it, and reqwest's own holds the URL.
 pub(super) fn root_cause(error: &reqwest::Error) -> String {
     let mut cause = std::error::Error::source(error);
@@ -255,9 +292,13 @@ fn fault_of(error: &reqwest::Error, proxy: Option<&Proxy>) -> Fault {
     if let Some(refusal) = refusal(error) {
         return Fault::Forbidden(refusal);
     }
-    let cause = match proxy {
-        Some(proxy) => format!("through the proxy {proxy}: {}", root_cause(error)),
+    let cause = match advice(error) {
+        Some(advice) => format!("{} ({advice})", root_cause(error)),
         None => root_cause(error),
+    };
+    let cause = match proxy {
+        Some(proxy) => format!("through the proxy {proxy}: {cause}"),
+        None => cause,
     };
     if error.is_connect() || error.is_dns() {
         return Fault::Connect(cause);

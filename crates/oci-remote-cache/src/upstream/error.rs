@@ -13,7 +13,7 @@ use crate::verdict::Why;
 
 /// An upstream that gave no usable answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{what} from {upstream}: {fault}")]
+#[error("{what} from {}: {fault}", By(upstream, *place))]
 pub struct UpstreamError {
     upstream: UpstreamId,
     what: String,
@@ -260,13 +260,11 @@ impl fmt::Display for Fault {
             Self::Stalled => f.write_str("the body came too slowly"),
             Self::Status(status) => write!(f, "it answered {status}"),
             Self::RateLimited { retry_after } => {
-                write!(f, "its rate limit is used up for {retry_after:?}")
+                write!(f, "its rate limit is used up for {}", Wait(*retry_after))
             }
             Self::BreakerOpen { retry_after } => {
-                write!(
-                    f,
-                    "it failed too often in a row, asking again in {retry_after:?}"
-                )
+                let wait = Wait(*retry_after);
+                write!(f, "it failed too often in a row, asking again in {wait}")
             }
             Self::Denied {
                 status,
@@ -313,6 +311,28 @@ impl From<Fault> for Failure {
     }
 }
 
+/// Who gave an answer, or none.
+struct By<'a>(&'a UpstreamId, usize);
+
+impl fmt::Display for By<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.1 {
+            0 => write!(f, "{}", self.0),
+            mirror => write!(f, "mirror {mirror} of {}", self.0),
+        }
+    }
+}
+
+/// A time as people say it: in whole seconds, rounded up.
+struct Wait(Duration);
+
+impl fmt::Display for Wait {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let more = u64::from(self.0.subsec_nanos() > 0);
+        write!(f, "{} s", self.0.as_secs().saturating_add(more))
+    }
+}
+
 /// An error code in brackets' inside, or nothing.
 struct Code<'a>(Option<&'a str>);
 
@@ -327,6 +347,8 @@ impl fmt::Display for Code<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::{Failure, Fault, Refused, UpstreamError};
     use crate::names::UpstreamId;
 
@@ -344,6 +366,19 @@ mod tests {
         assert_eq!(
             error.to_string(),
             "GET manifests/latest of library/alpine from docker.io: it denied access (403 DENIED)"
+        );
+    }
+
+    #[test]
+    fn says_how_long_and_which_mirror() {
+        let limited = Failure::from(Fault::RateLimited {
+            retry_after: Duration::from_millis(119_900),
+        });
+        let what = "GET tags/list of a".to_owned();
+        let error = UpstreamError::new(UpstreamId::new("docker.io"), what, limited).at(2);
+        assert_eq!(
+            error.to_string(),
+            "GET tags/list of a from mirror 2 of docker.io: its rate limit is used up for 120 s"
         );
     }
 

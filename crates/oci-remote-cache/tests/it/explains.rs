@@ -1,6 +1,7 @@
 //! Every answer carries its verdict in a header, a log line and a metric, and an operator can see what went on.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
@@ -8,9 +9,11 @@ use serde_json::Value;
 use tempfile::TempDir;
 use testbed::cache::{blob_path, manifest_path};
 use testbed::{
-    CacheProcess, Connection, Content, Gate, ImageSpec, Kind, Matcher, Origin, Registry, Request,
-    ServeOptions, TokenServer, Upstream, assert_good, eventually, faults,
+    Basic, CacheProcess, Connection, Content, Gate, ImageSpec, Kind, Matcher, Origin, Registry,
+    Request, ServeOptions, TlsFront, TokenServer, Upstream, assert_good, eventually, faults,
 };
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpListener;
 
 use crate::stage::{
     BINARY, REPO, assert_holds, cache, get_manifest, said, up, up_with_blob, up_with_image,
@@ -502,6 +505,71 @@ async fn a_tls_hello_on_the_plain_port_is_explained() {
     .await;
     assert!(told, "{}", cache.log());
     cache.pull("up", &image).await;
+    cache.check_invariants().await;
+}
+
+/// Few clients show what an answer says, so the access line does: as a warning where a client got nothing because something failed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusals_reason_is_in_the_log() {
+    let (registry, cache) = up().await;
+    let missing = cache.manifest("up", REPO, "nosuch").await;
+    assert_eq!(missing.status, 404);
+    let line = last_access(&cache, 1).await;
+    assert_eq!(line["level"], "INFO");
+    assert_eq!(line["error"], format!("up/{REPO} has no such manifest"));
+    registry.stop().await;
+    let down = cache.manifest("up", REPO, "v1").await;
+    assert_eq!(down.status, 503);
+    let line = last_access(&cache, 2).await;
+    assert_eq!(line["level"], "WARN");
+    let error = line["error"].as_str().unwrap();
+    assert!(
+        error.starts_with(&format!(
+            "GET manifests/v1 of {REPO} from up: cannot connect"
+        )),
+        "{error}"
+    );
+    cache.check_invariants().await;
+}
+
+/// A server that knows no TLS, and says so to whoever comes with it.
+async fn without_tls() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let refusal = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n";
+            stream.write_all(refusal).await.ok();
+        }
+    });
+    address
+}
+
+/// The mistakes that people make with a registry's URL and certificate: what is said names the way out.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_keeps_us_from_a_registry_is_said_with_the_way_out() {
+    let registry = Registry::start().await;
+    let front = TlsFront::start(&registry).await;
+    let secretive = Registry::start().await;
+    secretive.require(Basic::of("robot", "hunter2-hunter2"));
+    let plain = format!("https://{}", without_tls().await);
+    let cache = cache()
+        .upstream(Upstream::new("plain", plain))
+        .upstream(Upstream::new("untrusted", front.url()))
+        .upstream(Upstream::new("closed", secretive.url()))
+        .start()
+        .await;
+    for (key, status, wanted) in [
+        ("plain", 503, "begin with http://"),
+        ("untrusted", 503, "`ca_file`"),
+        ("closed", 403, "`credentials` in [upstreams.\"closed\"]"),
+    ] {
+        let answer = cache.manifest(key, REPO, "v1").await;
+        assert_eq!(answer.status, status, "{answer}");
+        let said: Value = serde_json::from_str(&answer.text()).unwrap();
+        let said = said["errors"][0]["message"].as_str().unwrap();
+        assert!(said.contains(wanted), "{key}: {said}");
+    }
     cache.check_invariants().await;
 }
 

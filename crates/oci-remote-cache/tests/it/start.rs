@@ -563,6 +563,22 @@ async fn an_idle_cache_ends_at_once() {
     );
 }
 
+/// Who sends SIGHUP wants a service to read its configuration again, not to end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hangup_that_nobody_sees_ends_nothing() {
+    let (_registry, cache) = up().await;
+    cache.hang_up();
+    let told = eventually(Duration::from_secs(5), || {
+        cache
+            .log()
+            .contains("a changed configuration takes a restart")
+    });
+    assert!(told.await, "{}", cache.log());
+    assert!(cache.is_running());
+    assert_eq!(cache.get("/v2/").await.status, 200);
+    cache.terminate().await;
+}
+
 /// An upstream that needs a file which is not there is told apart from one that is down.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upstream_that_is_down_keeps_nobody_from_starting() {
