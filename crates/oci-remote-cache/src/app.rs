@@ -258,6 +258,12 @@ fn greet(store: &Store) {
     if let Some(warning) = store.layout().lasting().warning(folder) {
         tracing::warn!("{warning}");
     }
+    if store.layout().is_open_to_all() {
+        tracing::warn!(
+            folder = %folder.display(),
+            "everybody may write in the cache's folder, and so replace or remove what is kept: chmod 0700 keeps others out"
+        );
+    }
 }
 
 fn connections(config: &Config) -> HashMap<UpstreamId, Connections> {

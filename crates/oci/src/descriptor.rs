@@ -3,6 +3,8 @@
 //! A descriptor is read leniently: one that cannot be read is skipped by [`crate::ManifestView`], because the manifest's
 //! bytes are served as they are and what is read here only serves to look ahead.
 
+use std::fmt;
+
 use crate::digest::AnyDigest;
 use crate::json::Node;
 use crate::media_type::MediaType;
@@ -56,6 +58,16 @@ impl Descriptor {
                 .get("annotations")
                 .is_some_and(|notes| IN_PIECES.iter().any(|name| notes.text(name).is_some())),
         })
+    }
+}
+
+impl fmt::Display for Platform {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        match &self.variant {
+            Some(variant) => write!(f, "/{variant}"),
+            None => Ok(()),
+        }
     }
 }
 

@@ -63,7 +63,8 @@ impl Switches {
             return Some(self.state());
         }
         if request.method != Method::PUT && request.method != Method::DELETE {
-            return Some(Problem::method_not_allowed().into_response());
+            let message = "PUT switches offline, DELETE back, GET tells";
+            return Some(Problem::only("GET, HEAD, PUT, DELETE", message).into_response());
         }
         // A page in somebody's browser is no operator, wherever the browser runs.
         if !peer.ip().to_canonical().is_loopback() || request.headers.contains_key(ORIGIN) {

@@ -57,6 +57,9 @@ pub struct Warmed {
     pub bytes: u64,
 }
 
+/// Platforms named to who asked for another one.
+const SHOWN: usize = 20;
+
 /// Why an image was not fetched to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum WarmError {
@@ -69,6 +72,14 @@ pub enum WarmError {
     /// There is more of it than of any image.
     #[error("the image has more than {MOST_MANIFESTS} manifests, or {MOST_PARTS} parts")]
     TooMany,
+    /// It is not made for the platform that is wanted.
+    #[error("the image is not there for {wanted}, but for {there}")]
+    NoPlatform {
+        /// What was asked for.
+        wanted: Box<Platform>,
+        /// What there is, separated by commas.
+        there: String,
+    },
     /// The process is stopping.
     #[error("the cache is shutting down")]
     Stopping,
@@ -157,7 +168,9 @@ impl Work {
             Ok(()) => "done",
             Err(WarmError::GaveWay) => "gave-way",
             Err(WarmError::Stopping) => "stopped",
-            Err(WarmError::Cache(_) | WarmError::TooMany) => "failed",
+            Err(WarmError::Cache(_) | WarmError::TooMany | WarmError::NoPlatform { .. }) => {
+                "failed"
+            }
         };
         let why = ended.as_ref().err().map(ToString::to_string);
         tracing::info!(%source, %reference, outcome, why, manifests, blobs, bytes, "warmed");
@@ -180,6 +193,7 @@ impl Work {
         let mut ahead = vec![self.wish.reference.clone()];
         while let Some(reference) = ahead.pop() {
             let view = self.manifest(&reference).await?;
+            self.check_platform(view.children())?;
             let children = view.children().iter();
             let wanted = children.filter(|child| self.wants(child));
             let digests: Vec<AnyDigest> = wanted.map(|child| child.digest.clone()).collect();
@@ -208,6 +222,26 @@ impl Work {
             .platform
             .as_ref()
             .is_some_and(|found| wanted.covers(found))
+    }
+
+    /// A platform that nothing in an index is made for is a slip of the pen, more often than not.
+    fn check_platform(&self, children: &[Descriptor]) -> Result<(), WarmError> {
+        let Some(wanted) = &self.wish.platform else {
+            return Ok(());
+        };
+        if children.is_empty() || children.iter().any(|child| self.wants(child)) {
+            return Ok(());
+        }
+        let platforms = children.iter().filter_map(|child| child.platform.as_ref());
+        let there: Vec<String> = platforms.take(SHOWN).map(ToString::to_string).collect();
+        Err(WarmError::NoPlatform {
+            wanted: Box::new(wanted.clone()),
+            there: if there.is_empty() {
+                "none that it names".to_owned()
+            } else {
+                there.join(", ")
+            },
+        })
     }
 
     /// Whether this is something that can be kept and was not met yet.

@@ -305,7 +305,10 @@ impl Request<'_> {
                 let about = (digest, artifact_type.as_deref(), page);
                 Box::pin(listing::referrers(self, route, about)).await
             }
-            Target::Warm { .. } => Err(Problem::method_not_allowed()),
+            Target::Warm { .. } => {
+                let message = "images are fetched ahead by POST, for clients that may `warm`";
+                Err(Problem::only("POST", message))
+            }
             Target::Base | Target::Catalog { .. } => Ok(Answer::plain(base())),
         }
     }

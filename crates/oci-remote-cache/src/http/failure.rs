@@ -85,6 +85,7 @@ pub fn of_warm(error: &WarmError) -> Problem {
     match error {
         WarmError::Cache(error) => of_cache(error),
         WarmError::GaveWay => Problem::too_many_requests(message, SWITCHED_OFF),
+        WarmError::NoPlatform { .. } => Problem::not_found(ErrorCode::ManifestUnknown, message),
         WarmError::TooMany => Problem::bad_gateway(ErrorCode::ManifestInvalid, message),
         WarmError::Stopping => Problem::unavailable(message, SOON),
     }

@@ -29,6 +29,8 @@ pub struct Problem {
     retry_after: Option<Duration>,
     /// What a 416 says about the content's size.
     size: Option<u64>,
+    /// What a 405 says may be done.
+    allow: &'static str,
     close: bool,
 }
 
@@ -72,6 +74,7 @@ impl Problem {
             message: message.into(),
             retry_after: None,
             size: None,
+            allow: "",
             close: false,
         }
     }
@@ -94,7 +97,15 @@ impl Problem {
     /// 405 with `Allow`.
     pub fn method_not_allowed() -> Self {
         let message = "this is a cache for pulls: only GET and HEAD are served";
-        Self::new(Status::MethodNotAllowed, ErrorCode::Unsupported, message)
+        Self::only("GET, HEAD", message)
+    }
+
+    /// 405 where other methods than elsewhere may be used: `allow` lists them.
+    pub fn only(allow: &'static str, message: &str) -> Self {
+        Self {
+            allow,
+            ..Self::new(Status::MethodNotAllowed, ErrorCode::Unsupported, message)
+        }
     }
 
     /// 416 with the content's size.
@@ -190,7 +201,7 @@ impl Problem {
             headers.insert(CONTENT_RANGE, range);
         }
         if self.status == Status::MethodNotAllowed {
-            headers.insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            headers.insert(ALLOW, HeaderValue::from_static(self.allow));
         }
         if self.status == Status::Unauthorized {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static(CHALLENGE));

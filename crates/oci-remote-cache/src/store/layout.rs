@@ -24,6 +24,7 @@ const MAX_LINKS: usize = 40;
 
 /// Write permission for group or others.
 const OTHERS_WRITE: u32 = 0o022;
+const ANYONE_WRITES: u32 = 0o002;
 
 /// Only owners may rename or remove what is in the folder.
 const STICKY: u32 = 0o1000;
@@ -150,6 +151,15 @@ impl Layout {
     /// The lock, for those who may write on when the store is closed.
     pub(super) fn lock(&self) -> Option<Arc<File>> {
         self.lock.clone()
+    }
+
+    /// Whether the folder is ours and everybody may put files in it and take them away. One that was made so for us, as volumes of
+    /// containers are, is not ours to close.
+    pub fn is_open_to_all(&self) -> bool {
+        let ours = |folder: &Metadata| folder.uid() == rustix::process::geteuid().as_raw();
+        let open = |folder: &Metadata| folder.mode() & (ANYONE_WRITES | STICKY) == ANYONE_WRITES;
+        let folder = self.root.metadata();
+        folder.is_ok_and(|folder| ours(&folder) && open(&folder))
     }
 
     /// Whether what is stored will last, as far as the path and the file system tell.
@@ -498,6 +508,26 @@ mod tests {
             matches!(refused, OpenError::Foreign { owner: 12_345, .. }),
             "{refused}"
         );
+    }
+
+    #[test]
+    fn a_folder_that_everybody_may_write_is_told() {
+        let temp = tempfile::tempdir().unwrap();
+        for (mode, open) in [
+            (0o700, false),
+            (0o775, false),
+            (0o777, true),
+            (0o1777, false),
+        ] {
+            let dir = temp.path().join(format!("{mode:o}"));
+            fs::create_dir(&dir).unwrap();
+            set_mode(&dir, mode);
+            assert_eq!(
+                Layout::open(&dir).unwrap().is_open_to_all(),
+                open,
+                "{mode:o}"
+            );
+        }
     }
 
     #[test]

@@ -242,6 +242,10 @@ impl Resolve for GuardedResolver {
 /// What may be done about it, where rustls' own words do not tell people.
 fn advice(error: &reqwest::Error) -> Option<&'static str> {
     use rustls::{CertificateError, InvalidMessage};
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "what rustls says of the others tells enough"
+    )]
     match of_tls(error)? {
         rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => Some(
             "no authority that is trusted here has signed it; `ca_file` of the upstream adds one",

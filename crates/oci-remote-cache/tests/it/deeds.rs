@@ -264,6 +264,16 @@ async fn of_an_index_only_the_platform_that_is_wanted() {
     assert_eq!(told["manifests"], 3);
     let bad = send(&cache, "ci", "POST", &warm_path(REPO, "v1", "?platform=x")).await;
     assert_refused(&bad, &[400]);
+    assert!(bad.text().contains("linux/arm64"), "{}", bad.text());
+    let path = warm_path(REPO, "v1", "?wait=true&platform=linux/arm46");
+    let slip = send(&cache, "ci", "POST", &path).await;
+    assert_refused(&slip, &[404]);
+    assert!(slip.text().contains("linux/amd64"), "{}", slip.text());
+    let not_by_get = send(&cache, "boss", "GET", &path).await;
+    assert_eq!(
+        (not_by_get.status, not_by_get.header("allow")),
+        (405, Some("POST"))
+    );
     let parts: Vec<Content> = multi.images.iter().flat_map(everything).collect();
     assert_holds(&cache, parts.iter().chain([&multi.index])).await;
     cache.check_invariants().await;

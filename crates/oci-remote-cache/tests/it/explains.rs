@@ -14,6 +14,7 @@ use testbed::{
 };
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 
 use crate::stage::{
     BINARY, REPO, assert_holds, cache, get_manifest, said, up, up_with_blob, up_with_image,
@@ -533,16 +534,17 @@ async fn a_refusals_reason_is_in_the_log() {
 }
 
 /// A server that knows no TLS, and says so to whoever comes with it.
-async fn without_tls() -> SocketAddr {
+async fn without_tls() -> (SocketAddr, JoinSet<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(async move {
+    let mut serving = JoinSet::new();
+    serving.spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             let refusal = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n";
             stream.write_all(refusal).await.ok();
         }
     });
-    address
+    (address, serving)
 }
 
 /// The mistakes that people make with a registry's URL and certificate: what is said names the way out.
@@ -552,7 +554,8 @@ async fn what_keeps_us_from_a_registry_is_said_with_the_way_out() {
     let front = TlsFront::start(&registry).await;
     let secretive = Registry::start().await;
     secretive.require(Basic::of("robot", "hunter2-hunter2"));
-    let plain = format!("https://{}", without_tls().await);
+    let (address, _serving) = without_tls().await;
+    let plain = format!("https://{address}");
     let cache = cache()
         .upstream(Upstream::new("plain", plain))
         .upstream(Upstream::new("untrusted", front.url()))

@@ -277,7 +277,10 @@ impl<'a> Query<'a> {
     }
 
     fn platform(self) -> Result<Option<Platform>, RouteError> {
-        let illegal = || RouteError::Encoding("illegal value of `platform`".to_owned());
+        let illegal = || {
+            let form = "os/architecture or os/architecture/variant, such as linux/arm64";
+            RouteError::Encoding(format!("illegal value of `platform`: it is {form}"))
+        };
         let text = self.text("platform", VALUE_LIMIT)?;
         text.map(|text| Platform::parse(&text).ok_or_else(illegal))
             .transpose()
