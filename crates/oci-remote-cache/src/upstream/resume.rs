@@ -52,12 +52,22 @@ pub struct BlobStream {
     total: Option<u64>,
     validator: Option<String>,
     ranges: Ranges,
+    role: Role,
     credential: CredentialId,
     body: Option<Body>,
     skip: u64,
     failures: u32,
     trouble: Option<UpstreamError>,
     not_before: Option<Instant>,
+}
+
+/// What depends on a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// Nobody else brings these bytes: everything is tried.
+    Sole,
+    /// It only saves time. Until its first answer fits, any failure is the last.
+    Extra { answered: bool },
 }
 
 /// Whether the rest is asked for as a range.
@@ -149,6 +159,7 @@ impl BlobAsk {
             total: None,
             validator: None,
             ranges: Ranges::Asked,
+            role: Role::Sole,
             credential: CredentialId::anonymous(),
             body: None,
             skip: 0,
@@ -179,6 +190,19 @@ impl BlobStream {
     /// Whose rights the upstream's last answer was given for.
     pub fn credential(&self) -> &CredentialId {
         &self.credential
+    }
+
+    /// The same, beside another stream that can bring these bytes as well. It gives up where it is not answered at once with just its
+    /// range: to ask again and again, or to read all that comes before, would cost the upstream more than it saves anyone.
+    #[must_use]
+    pub fn extra(self) -> Self {
+        let role = Role::Extra { answered: false };
+        Self { role, ..self }
+    }
+
+    /// Whether it is extra and was given nothing yet.
+    pub fn is_on_trial(&self) -> bool {
+        self.role == Role::Extra { answered: false }
     }
 
     /// Where the bytes come from: 0 is the upstream's URL, others are its mirrors.
@@ -301,6 +325,9 @@ impl BlobStream {
             (206, None) => return Err(self.broken("a 206 without Content-Range")),
             _ => (0, answer.content_length()),
         };
+        if self.role != Role::Sole && answer.status() != 206 {
+            return Err(self.broken("everything in place of a range"));
+        }
         if start > self.position || (answer.status() == 206 && start != self.position) {
             return Err(self.broken("another range than the one asked for"));
         }
@@ -321,6 +348,9 @@ impl BlobStream {
             .validator
             .take()
             .or_else(|| answer.etag().map(str::to_owned));
+        if let Role::Extra { answered } = &mut self.role {
+            *answered = true;
+        }
         self.skip = self.position - start;
         self.credential = answer.credential().clone();
         self.body = Some(answer.into_body());
@@ -333,6 +363,9 @@ impl BlobStream {
         self.failures += 1;
         let places = self.ask.upstream.places();
         let unfit = self.ranges == Ranges::Unfit;
+        if self.is_on_trial() || (unfit && self.role != Role::Sole) {
+            return Err(error);
+        }
         if unfit {
             // Another place may know ranges better; after all of them nothing is left but to read from the beginning.
             let all_asked = self.failures as usize >= places;

@@ -30,6 +30,7 @@ mod engine;
 mod exact;
 #[cfg(test)]
 mod explains;
+mod extras;
 #[cfg(test)]
 mod floors;
 #[cfg(test)]

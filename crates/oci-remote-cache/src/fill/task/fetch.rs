@@ -34,6 +34,8 @@ pub(super) enum Ended {
     Complete { position: u64, last: bool },
     /// The upstream gave no more, however often it was asked.
     Refused(UpstreamError),
+    /// The upstream did not answer an extra connection as it should, so nothing was taken over.
+    Unwelcome(UpstreamError),
     /// The disk took no more.
     Disk(std::io::Error),
 }
@@ -51,6 +53,8 @@ pub(super) struct Range {
     /// Next byte to arrive: what is before it may still wait to be written.
     received: AtomicU64,
     end: AtomicU64,
+    /// Where it will stop once those who are to take over from it have been answered.
+    planned_end: AtomicU64,
     measured: Mutex<Measured>,
 }
 
@@ -73,8 +77,15 @@ pub(super) struct Shared {
     hash_waits: AtomicBool,
 }
 
+/// A part of another fetch's range that this one brings, once it is answered.
+struct TakeOver {
+    from: Arc<Range>,
+    at: u64,
+}
+
 /// The work of one fetch.
 struct Worker {
+    take_over: Option<TakeOver>,
     stream: BlobStream,
     range: Arc<Range>,
     outbox: Arc<Outbox>,
@@ -119,6 +130,28 @@ impl Fetch {
         place: OwnedSemaphorePermit,
         shared: &Arc<Shared>,
     ) -> Self {
+        Self::begin(stream, (end, None), place, shared)
+    }
+
+    /// A fetch of what `slower` was to bring from here on. Until the upstream has answered, that one goes on.
+    pub(super) fn taking_over(
+        slower: &Self,
+        (stream, end): (BlobStream, u64),
+        place: OwnedSemaphorePermit,
+        shared: &Arc<Shared>,
+    ) -> Self {
+        let at = stream.position();
+        slower.range.planned_end.fetch_min(at, Ordering::Relaxed);
+        let from = Arc::clone(&slower.range);
+        Self::begin(stream, (end, Some(TakeOver { from, at })), place, shared)
+    }
+
+    fn begin(
+        stream: BlobStream,
+        (end, take_over): (u64, Option<TakeOver>),
+        place: OwnedSemaphorePermit,
+        shared: &Arc<Shared>,
+    ) -> Self {
         let position = stream.position();
         let measured = Mutex::new(Measured {
             at: Instant::now(),
@@ -129,9 +162,11 @@ impl Fetch {
             position: position.into(),
             received: position.into(),
             end: end.into(),
+            planned_end: end.into(),
             measured,
         });
         let worker = Worker {
+            take_over,
             outbox: Outbox::new(shared.spool.writer(position), &range, shared),
             stream,
             range: Arc::clone(&range),
@@ -152,6 +187,7 @@ impl Fetch {
             .unwrap_or_else(PoisonError::into_inner)
             .rate;
         let end = self.range.end.load(Ordering::Relaxed);
+        let end = end.min(self.range.planned_end.load(Ordering::Relaxed));
         Active {
             position: self.range.position.load(Ordering::Relaxed).min(end),
             end,
@@ -159,9 +195,10 @@ impl Fetch {
         }
     }
 
-    /// Lets the fetch end at `end`; another one takes the rest.
-    pub(super) fn stop_at(&self, end: u64) {
-        self.range.end.fetch_min(end, Ordering::Relaxed);
+    /// Nobody takes anything over from it after all.
+    pub(super) fn keep_all(&self) {
+        let end = self.range.end.load(Ordering::Relaxed);
+        self.range.planned_end.store(end, Ordering::Relaxed);
     }
 
     /// Notes the rate since the last look.
@@ -206,13 +243,18 @@ impl Worker {
             let batch = match self.batch().await {
                 Ok(batch) => batch,
                 Err(error) => {
-                    return self
-                        .outbox
-                        .written()
-                        .await
-                        .map_or_else(Ended::Disk, |()| Ended::Refused(error));
+                    let refused = if self.stream.is_on_trial() {
+                        Ended::Unwelcome
+                    } else {
+                        Ended::Refused
+                    };
+                    let written = self.outbox.written().await;
+                    return written.map_or_else(Ended::Disk, |()| refused(error));
                 }
             };
+            if let Some(TakeOver { from, at }) = self.take_over.take() {
+                from.end.fetch_min(at, Ordering::Relaxed);
+            }
             if batch.is_empty() {
                 return self
                     .outbox

@@ -18,12 +18,15 @@ use crate::fill::plan::{self, Appetite, SMALL, Step, View};
 use crate::fill::{Alone, Fill, FillError, Fills};
 use crate::store::spool::{PrefixHash, Spool};
 use crate::store::usage::Reservation;
-use crate::upstream::UpstreamError;
 use crate::upstream::resume::BlobStream;
+use crate::upstream::{Fault, UpstreamError};
 use crate::verdict::Why;
 
 /// How long a fill that nobody reads goes on when it is neither small nor half in.
 const ABANDONED: Duration = Duration::from_secs(30);
+
+/// How long an upstream is left alone that had no time for an extra connection; twice that after the next, and so on.
+const REST: Duration = Duration::from_secs(2);
 
 /// A transfer under way.
 pub(super) struct Transfer {
@@ -39,6 +42,7 @@ pub(super) struct Transfer {
     fetches: FuturesUnordered<Fetch>,
     turn: Turn,
     pace: Pace,
+    extras: Extras,
     shared: Arc<Shared>,
     disk_fault: DiskFault,
 }
@@ -56,6 +60,19 @@ pub(super) struct Known {
 enum DiskFault {
     None,
     RoomMade,
+}
+
+/// Whether the upstream takes a connection beside the one that brings the blob.
+#[derive(Clone, Copy)]
+enum Extras {
+    Welcome,
+    /// It had no time for the last ones, so many in a row.
+    Resting {
+        until: Instant,
+        times: u32,
+    },
+    /// It refuses them, or does not answer with the range that was asked for.
+    Unwelcome,
 }
 
 /// A place in the queue for connections. Who has none at all waits there: others that wait would be before it for ever.
@@ -108,6 +125,7 @@ impl Transfer {
             fetches: FuturesUnordered::new(),
             turn: Turn::NotWanted,
             pace: Pace::new(Instant::now()),
+            extras: Extras::Welcome,
             disk_fault: DiskFault::None,
         }
     }
@@ -225,20 +243,27 @@ impl Transfer {
         let Some(size) = self.size else { return };
         while let Some(step) = self.step(size) {
             let (Step::Fetch(slice) | Step::TakeOver { slice, .. }) = step;
+            let beside = !self.fetches.is_empty();
+            if beside && !self.extras.are_welcome() {
+                break;
+            }
             let Some(place) = self.spare_place() else {
                 return;
             };
-            if let Step::TakeOver { from, slice } = step
-                && let Some(slower) = self.fetches.iter().nth(from)
-            {
-                slower.stop_at(slice.start);
-            }
-            let stream = self
-                .fill
-                .ask_again()
-                .later(slice, size, self.validator.clone());
-            self.fetches
-                .push(Fetch::new(stream, slice.end, place, &self.shared));
+            let ask = self.fill.ask_again();
+            let stream = ask.later(slice, size, self.validator.clone());
+            let stream = if beside { stream.extra() } else { stream };
+            let slower = match step {
+                Step::TakeOver { from, .. } => self.fetches.iter().nth(from),
+                Step::Fetch(_) => None,
+            };
+            let fetch = match slower {
+                Some(slower) => {
+                    Fetch::taking_over(slower, (stream, slice.end), place, &self.shared)
+                }
+                None => Fetch::new(stream, slice.end, place, &self.shared),
+            };
+            self.fetches.push(fetch);
         }
         self.turn = Turn::NotWanted;
     }
@@ -334,6 +359,10 @@ impl Transfer {
                 Flow::On
             }
             Ended::Refused(error) => self.refused(error),
+            Ended::Unwelcome(error) => {
+                self.unwelcome(&error);
+                Flow::On
+            }
             Ended::Disk(error) => self.broke(&error).await,
         }
     }
@@ -351,8 +380,22 @@ impl Transfer {
             return Flow::End(Outcome::Failed(error.into(), Some(spool)));
         }
         tracing::info!(%error, "an extra connection failed; going on with fewer");
-        self.pace.shrink(self.fetches.len());
+        self.with_fewer();
         Flow::On
+    }
+
+    /// A connection beside the others was not answered as it should be. What it was to bring comes by them, or when they have ended.
+    fn unwelcome(&mut self, error: &UpstreamError) {
+        tracing::info!(%error, "an extra connection is not welcome; going on without");
+        self.extras = self.extras.after(error.fault(), Instant::now());
+        self.with_fewer();
+    }
+
+    fn with_fewer(&mut self) {
+        for fetch in &self.fetches {
+            fetch.keep_all();
+        }
+        self.pace.shrink(self.fetches.len());
     }
 
     /// The disk refused. Room is made once; then the readers go on alone.
@@ -445,5 +488,28 @@ impl Transfer {
     /// A blob whose size nobody told has grown past what is kept.
     fn is_too_large(&self) -> bool {
         self.size.is_none() && self.spool.total() > self.fills.store.max_blob()
+    }
+}
+
+impl Extras {
+    fn are_welcome(self) -> bool {
+        match self {
+            Self::Welcome => true,
+            Self::Resting { until, .. } => until <= Instant::now(),
+            Self::Unwelcome => false,
+        }
+    }
+
+    /// After one was turned away. Who has no time now may have some later, at longer and longer intervals.
+    fn after(self, fault: &Fault, now: Instant) -> Self {
+        if !fault.is_outage() || matches!(fault, Fault::Broken(_)) {
+            return Self::Unwelcome;
+        }
+        let times = match self {
+            Self::Resting { times, .. } => times + 1,
+            Self::Welcome | Self::Unwelcome => 0,
+        };
+        let until = now + REST * 2_u32.saturating_pow(times.min(6));
+        Self::Resting { until, times }
     }
 }

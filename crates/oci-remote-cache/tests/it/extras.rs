@@ -1,0 +1,145 @@
+//! A large blob over several connections, where the upstream wants no more than one: it comes as it would come by itself.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use testbed::cache::blob_path;
+use testbed::{
+    CacheProcess, Content, Exchange, Handler, Kind, Registry, Request, Response, ServeOptions,
+    Upstream, faults,
+};
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use crate::stage::{REPO, cache};
+
+const MIB: u64 = 1 << 20;
+
+/// What one connection brings in a second: little enough that another one is tried.
+const RATE: u64 = 8 * MIB;
+
+/// What may be on its way when a connection is closed.
+const IN_A_SOCKET: u64 = 8 * MIB;
+
+/// What becomes of a question for a range.
+#[derive(Clone, Copy, Debug)]
+enum Ranges {
+    /// All of the blob comes.
+    Ignored,
+    Refused(u16),
+    /// Each answer, and the plain one too, has another validator.
+    OtherEachTime,
+}
+
+const UNFIT: [Ranges; 8] = [
+    Ranges::Ignored,
+    Ranges::OtherEachTime,
+    Ranges::Refused(403),
+    Ranges::Refused(404),
+    Ranges::Refused(416),
+    Ranges::Refused(429),
+    Ranges::Refused(500),
+    Ranges::Refused(503),
+];
+
+/// The blob for a plain GET, slowly; for a range what is told.
+fn unfit(blob: &Content, ranges: Ranges) -> Handler {
+    let answers = Arc::new(AtomicUsize::new(0));
+    let blob = blob.clone();
+    Handler::new(move |exchange: Exchange| {
+        let asked = exchange.header("range").is_some();
+        let options = ServeOptions::new().rate(RATE);
+        let handler = match ranges {
+            Ranges::OtherEachTime => {
+                let etag = format!("\"{}\"", answers.fetch_add(1, Ordering::Relaxed));
+                faults::serve(&blob, options.header("ETag", &etag))
+            }
+            Ranges::Refused(status) if asked => {
+                faults::error(status, "DENIED", &[("Retry-After", "60")])
+            }
+            Ranges::Ignored | Ranges::Refused(_) => faults::serve(&blob, options.without_ranges()),
+        };
+        async move { handler.call(exchange).await }
+    })
+}
+
+/// A cache, and for each of `kinds` a registry with a blob of 40 MiB. Their keys are `up0`, `up1` and so on.
+async fn stage(kinds: &[Ranges]) -> (CacheProcess, Vec<(Registry, Content)>) {
+    let mut cache = cache();
+    let mut registries = Vec::new();
+    for (index, kind) in kinds.iter().enumerate() {
+        let registry = Registry::start().await;
+        let size = usize::try_from(40 * MIB).expect("a size");
+        let blob = Content::blob(size, &format!("{kind:?}"));
+        registry.put_blob(REPO, &blob);
+        registry.script((Kind::Blob, "GET"), unfit(&blob, *kind));
+        cache = cache.upstream(Upstream::new(&format!("up{index}"), registry.url()));
+        registries.push((registry, blob));
+    }
+    (cache.start().await, registries)
+}
+
+fn whole(index: usize, blob: &Content) -> Request {
+    Request::get(&blob_path(&format!("up{index}"), REPO, blob.digest)).compare(&blob.data)
+}
+
+fn assert_right(response: &Response, about: &dyn std::fmt::Debug) {
+    let right = matches!(response.status, 200 | 206) && response.complete;
+    let bytes = response.right == Some(true);
+    assert!(right && bytes, "{about:?}: {response}");
+}
+
+/// The first connection goes on until another one has been answered with its range, and to its end where none is.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_gives_no_ranges_gives_the_blob_once() {
+    let (cache, registries) = stage(&UNFIT).await;
+    let mut pulls = JoinSet::new();
+    for (index, (_, blob)) in registries.iter().enumerate() {
+        let (request, port) = (whole(index, blob), cache.port());
+        pulls.spawn(async move { (index, request.send(port).await) });
+    }
+    for (index, response) in pulls.join_all().await {
+        let (registry, blob) = &registries[index];
+        let kind = UNFIT[index];
+        assert_right(&response, &kind);
+        let asked = registry.count((Kind::Blob, "GET"));
+        assert!((2..=6).contains(&asked), "{kind:?}: asked {asked} times");
+        let sent = registry.sent(Kind::Blob);
+        let most = blob.size() + blob.size() / 50 + IN_A_SOCKET;
+        assert!(sent <= most, "{kind:?}: {sent} bytes");
+    }
+    cache.check_invariants().await;
+}
+
+/// A range far ahead is fetched next; where the upstream refuses it, it comes with the rest, and nobody is cut off.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_far_range_that_is_refused_comes_with_the_rest() {
+    let refused = [
+        Ranges::Refused(401),
+        Ranges::Refused(403),
+        Ranges::Refused(404),
+    ];
+    let (cache, registries) = stage(&refused).await;
+    let mut pulls = JoinSet::new();
+    for (index, (_, blob)) in registries.iter().enumerate() {
+        let (request, port) = (whole(index, blob), cache.port());
+        let last = blob.size() - 1;
+        let far = Request::get(&blob_path(&format!("up{index}"), REPO, blob.digest))
+            .range(&format!("{}-{last}", last - 999))
+            .compare_from(&blob.data, last - 999);
+        pulls.spawn(async move { (index, request.send(port).await) });
+        pulls.spawn(async move {
+            sleep(Duration::from_secs(1)).await;
+            (index, far.send(port).await)
+        });
+    }
+    for (index, response) in pulls.join_all().await {
+        assert_right(&response, &refused[index]);
+    }
+    for (kind, (registry, _)) in refused.iter().zip(&registries) {
+        let asked = registry.count((Kind::Blob, "GET"));
+        assert!(asked <= 6, "{kind:?}: asked {asked} times");
+    }
+    cache.check_invariants().await;
+}
