@@ -137,7 +137,7 @@ impl Why {
         Some(match self {
             Self::Revalidating => return None,
             Self::Unreachable => "upstream unreachable",
-            Self::UpstreamError => "upstream upstream-error",
+            Self::UpstreamError => "the upstream fails",
             Self::RateLimited => "upstream rate-limited",
             Self::TokenFailed => "upstream token-failed",
             Self::Offline => "asking the upstream is switched off",

@@ -89,6 +89,11 @@ impl MediaType {
         }
     }
 
+    /// Whether it is a manifest's or an index's as OCI defines them.
+    pub fn is_oci(&self) -> bool {
+        matches!(self.as_str(), OCI_INDEX | OCI_MANIFEST)
+    }
+
     /// Whether a body of this type is JSON. Signed schema 1 says `+prettyjws` and is JSON all the same.
     pub fn is_json(&self) -> bool {
         let text = self.as_str();

@@ -92,8 +92,9 @@ struct TagList {
 /// What makes a list of referrers.
 #[derive(Deserialize)]
 struct Index {
-    #[serde(rename = "manifests")]
-    _manifests: Vec<IgnoredAny>,
+    /// Written as `null` by Go where there are none.
+    #[serde(rename = "manifests", deserialize_with = "Option::deserialize")]
+    _manifests: Option<Vec<IgnoredAny>>,
 }
 
 /// Some text that is not kept.
@@ -404,7 +405,7 @@ impl Cache {
                 let _form: Index = object(&body)?;
                 Content::Referrers {
                     index: body,
-                    filtered: answer.header("oci-filters-applied").is_some(),
+                    filtered: is_filtered(list, answer),
                 }
             }
         };
@@ -415,6 +416,21 @@ impl Cache {
             checked: self.inner.clock.now(),
         })
     }
+}
+
+/// Whether the upstream says that it did what was asked: a filter that nobody asked for, or another one, is none of the client's.
+fn is_filtered(list: &List, answer: &Answer) -> bool {
+    let List::Referrers {
+        artifact_type: Some(_),
+        ..
+    } = list
+    else {
+        return false;
+    };
+    let applied = answer.header("oci-filters-applied").unwrap_or_default();
+    applied
+        .split(',')
+        .any(|filter| filter.trim() == "artifactType")
 }
 
 /// A list of tags as it is served: as it came, or emptied where none were asked for.

@@ -7,14 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use oci::{AnyDigest, Digest, MANIFEST_LIMIT, ManifestView, MediaType, Reference, Tag, Warning};
+use oci::{AnyDigest, Digest, ManifestView, MediaType, Reference, Tag, Warning};
 
-use super::error::{CacheError, Thing};
+use super::error::CacheError;
 use super::freshness::{Fallback, Freshness, Instead, Meanwhile};
 use super::revalidate::tag_record;
-use super::right::{Claim, refused};
+use super::right::Claim;
 use super::visit::Visit;
-use super::{Cache, all_of, manifest_ask};
+use super::{Cache, all_of};
 use crate::clock::Timestamp;
 use crate::deadline::Deadline;
 use crate::fill::Told;
@@ -308,60 +308,6 @@ impl Cache {
         Ok(fetched.answer(method))
     }
 
-    /// Fetches a manifest by digest; those who ask meanwhile share the errand.
-    pub(super) async fn fetch_digest(
-        &self,
-        visit: &Visit,
-        digest: Digest,
-        deadline: Deadline,
-    ) -> Result<Fetched, CacheError> {
-        if let Some(refusal) =
-            self.inner
-                .negatives
-                .find(&(visit.visitor(), Thing::Manifest, digest.to_string()))
-        {
-            return Err(refused(visit, Thing::Manifest, refusal));
-        }
-        let (cache, from) = (self.clone(), visit.clone());
-        let errand = self
-            .inner
-            .digests
-            .run((visit.visitor(), digest), move || async move {
-                Box::pin(cache.get_digest(&from, digest)).await
-            });
-        let landed = deadline
-            .run(errand)
-            .await
-            .map_err(|_late| CacheError::Late)?;
-        let (fetched, role) = landed.map_err(|_lost| CacheError::Stopping)?;
-        fetched.map(|fetched| fetched.seen_by(role))
-    }
-
-    async fn get_digest(&self, visit: &Visit, digest: Digest) -> Result<Fetched, CacheError> {
-        // An earlier errand may have brought it between the look that missed it and this one.
-        if let Some(fetched) = self.brought(visit, digest).await {
-            return Ok(fetched);
-        }
-        let upstream = &self.origin(visit)?.upstream;
-        let reference = Reference::Digest(digest.into());
-        let ask = manifest_ask(visit, reference, Method::Get);
-        let deadline = Deadline::for_answer();
-        let answer = match upstream.whole(&ask, MANIFEST_LIMIT, deadline).await {
-            Ok(answer) => answer,
-            Err(error) => {
-                let error = Arc::new(error);
-                return Err(self
-                    .judge_refusal(visit, Thing::Manifest, digest.to_string(), &error)
-                    .await);
-            }
-        };
-        self.lift(visit, answer.0.allowed()).await;
-        let warnings = answer.0.warnings();
-        let judged = read_manifest(visit, answer, Some(digest))?;
-        self.note_warnings(visit, (digest.into(), Method::Get), warnings);
-        Ok(self.keep(visit, judged, None).await)
-    }
-
     /// Keeps a manifest, and the tag it came by: on disk, in the catalog, in memory. A cache fault costs the keeping, not the answer.
     pub(super) async fn keep(
         &self,
@@ -371,6 +317,7 @@ impl Cache {
     ) -> Fetched {
         self.remember_layers(&judged.view);
         self.inner.images.expect(source, judged.view.blobs());
+        let judged = self.as_known(judged);
         let mut changes = judged.changes(source, tag);
         let Judged {
             digest, view, body, ..
@@ -409,6 +356,19 @@ impl Cache {
             size,
             body: Some(body),
             verdict,
+        }
+    }
+
+    /// The same bytes may come under two types that clients know, from two places, where they do not say theirs themselves. One of them is
+    /// the manifest's for everyone, whoever comes last: OCI's, for only its manifests need not say what they are.
+    fn as_known(&self, judged: Judged) -> Judged {
+        let known = self.inner.store.catalog().manifest(&judged.digest);
+        match known.ok().flatten() {
+            Some(known) if known.media_type.is_oci() => Judged {
+                view: judged.view.as_type(known.media_type),
+                ..judged
+            },
+            Some(_) | None => judged,
         }
     }
 
@@ -553,21 +513,25 @@ pub(super) fn read_manifest(
         source_: source.clone(),
         why,
     };
-    let view = ManifestView::parse(&body, answer.content_type()).map_err(bad)?;
     // The upstream may announce another algorithm than the one asked for: what was asked for decides.
     let expected = wanted.or(announced);
     let algorithm = expected.map_or(oci::Algorithm::Sha256, |digest| digest.algorithm());
     let digest = Digest::of(algorithm, &body);
-    match expected {
-        Some(expected) if expected != digest => Err(CacheError::WrongDigest {
-            source_: source.clone(),
-            wanted: Box::new(expected.into()),
-        }),
-        Some(_) | None => Ok(Judged {
-            digest,
-            view,
-            body,
-            credential,
-        }),
+    let wrong = |expected: Digest| CacheError::WrongDigest {
+        source_: source.clone(),
+        wanted: Box::new(expected.into()),
+    };
+    if let Some(wanted) = wanted.filter(|wanted| *wanted != digest) {
+        return Err(wrong(wanted));
     }
+    let view = ManifestView::parse(&body, answer.content_type()).map_err(bad)?;
+    if let Some(expected) = expected.filter(|expected| *expected != digest) {
+        return Err(wrong(expected));
+    }
+    Ok(Judged {
+        digest,
+        view,
+        body,
+        credential,
+    })
 }

@@ -7,6 +7,7 @@
 mod access;
 mod ahead;
 pub mod blob;
+mod by_digest;
 mod by_login;
 pub mod error;
 pub mod freshness;

@@ -105,6 +105,7 @@ fn of_fill(error: &FillError) -> Problem {
 
 fn of_upstream(error: &UpstreamError) -> Problem {
     let message = error.to_string();
+    let later = error.retry_after().unwrap_or(SOON);
     match error.fault() {
         Fault::NotFound { .. } => Problem::not_found(ErrorCode::NameUnknown, message),
         Fault::Denied { .. } => Problem::denied(message),
@@ -113,9 +114,9 @@ fn of_upstream(error: &UpstreamError) -> Problem {
         Fault::BreakerOpen { retry_after } => Problem::unavailable(message, *retry_after),
         Fault::Late | Fault::Stalled => Problem::gateway_timeout(message),
         Fault::Connect(_) | Fault::Broken(_) | Fault::TokenFailed(_) => {
-            Problem::unavailable(message, SOON)
+            Problem::unavailable(message, later)
         }
-        Fault::Status(status) if *status >= 500 => Problem::unavailable(message, SOON),
+        Fault::Status(_) if error.is_outage() => Problem::unavailable(message, later),
         Fault::Status(_)
         | Fault::RangeRefused
         | Fault::Expired

@@ -16,6 +16,9 @@ use crate::stage::{REPO, cache};
 
 const MIB: u64 = 1 << 20;
 
+/// A blob that several connections may share.
+const SIZE: usize = 40 << 20;
+
 /// What one connection brings in a second: little enough that another one is tried.
 const RATE: u64 = 8 * MIB;
 
@@ -70,8 +73,7 @@ async fn stage(kinds: &[Ranges]) -> (CacheProcess, Vec<(Registry, Content)>) {
     let mut registries = Vec::new();
     for (index, kind) in kinds.iter().enumerate() {
         let registry = Registry::start().await;
-        let size = usize::try_from(40 * MIB).expect("a size");
-        let blob = Content::blob(size, &format!("{kind:?}"));
+        let blob = Content::blob(SIZE, &format!("{kind:?}"));
         registry.put_blob(REPO, &blob);
         registry.script((Kind::Blob, "GET"), unfit(&blob, *kind));
         cache = cache.upstream(Upstream::new(&format!("up{index}"), registry.url()));

@@ -315,6 +315,26 @@ async fn filtered_referrers_keep_their_marks() {
     cache.check_invariants().await;
 }
 
+/// Go writes an empty list as `null`. A filter that was not asked for is not claimed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_of_no_referrers_may_be_null() {
+    let (registry, cache, image) = up_with_image().await;
+    let none = format!("{{\"schemaVersion\":2,\"mediaType\":\"{OCI_INDEX}\",\"manifests\":null}}");
+    for (applied, query) in [("foo", "?artifactType=a%2Fsig"), ("artifactType", "")] {
+        let headers = [
+            ("Content-Type", OCI_INDEX),
+            ("OCI-Filters-Applied", applied),
+        ];
+        registry.clear_scripts();
+        registry.script(Kind::Referrers, faults::status(200, &headers, none.clone()));
+        let path = format!("/v2/up/{REPO}/referrers/{}{query}", image.digest());
+        let list = cache.get(&path).await;
+        assert_eq!((list.status, list.text()), (200, none.clone()));
+        assert_eq!(list.header("oci-filters-applied"), None, "{list}");
+    }
+    cache.check_invariants().await;
+}
+
 /// C25
 #[tokio::test(flavor = "multi_thread")]
 async fn a_missing_signature_is_a_real_404_that_ends() {

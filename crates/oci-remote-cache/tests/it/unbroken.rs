@@ -675,6 +675,37 @@ async fn what_a_mirror_refuses_to_strangers_is_no_word_of_the_upstream() {
     }
 }
 
+/// A manifest that comes with other bytes than its digest's is asked of the next place.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manifest_with_wrong_bytes_is_asked_of_a_mirror() {
+    let (registry, mirror, cache) = with_a_mirror().await;
+    let image = mirror.put_image(&ImageSpec::new(REPO, "v1"));
+    let wrong = [("Content-Type", image.manifest.media_type.as_str())];
+    let wrong = faults::status(200, &wrong, image.manifest.spoiled());
+    registry.script((Kind::Manifest, "GET"), wrong);
+    let answer = cache.manifest("up", REPO, image.digest()).await;
+    assert_good(&answer, &image.manifest);
+    assert_eq!(mirror.count((Kind::Manifest, "GET")), 1);
+    cache.check_invariants().await;
+}
+
+/// What an upstream says about when to come back reaches the client, and a 408 is no reason to give up.
+#[tokio::test(flavor = "multi_thread")]
+async fn when_to_come_back_is_told() {
+    let (registry, cache) = up().await;
+    let later = faults::error(503, "UNAVAILABLE", &[("Retry-After", "100")]);
+    registry.script(Matcher::any(), later);
+    let answer = cache.manifest("up", REPO, "v1").await;
+    assert_eq!(answer.status, 503, "{answer}");
+    assert!(answer.number("retry-after") >= Some(100), "{answer}");
+    registry.clear_scripts();
+    registry.script(Matcher::any(), faults::error(408, "UNKNOWN", &[]));
+    sleep(AFTER_A_FAILURE).await;
+    let answer = cache.manifest("up", REPO, "v2").await;
+    assert_eq!(answer.status, 503, "{answer}");
+    cache.check_invariants().await;
+}
+
 /// One mirror lacks what the next one has.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mirror_that_lacks_something_is_not_the_last_one_asked() {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use testbed::cache::{blob_path, manifest_path};
-use testbed::image::DOCKER_MANIFEST;
+use testbed::image::{DOCKER_MANIFEST, OCI_MANIFEST};
 use testbed::{
     Bearer, CacheProcess, Content, Handler, Image, ImageSpec, Kind, Matcher, Origin, Registry,
     Request, TokenServer, Upstream, assert_good, faults,
@@ -109,6 +109,41 @@ async fn a_mirror_opens_nothing_that_the_upstream_has_closed() {
     assert_good(&cache.manifest("up", REPO, "v1").await, &image.manifest);
     let layer = cache.blob("up", REPO, image.layer().digest).await;
     assert_good(&layer, image.layer());
+    cache.check_invariants().await;
+}
+
+/// A manifest need not say what it is, and anyone may send the same bytes under another name: nobody else's pulls see it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_place_calls_a_manifest_is_its_own_affair() {
+    let (good, bad) = (Registry::start().await, Registry::start().await);
+    let cache = cache()
+        .upstream(Upstream::new("good", good.url()).tag_ttl("0s"))
+        .upstream(Upstream::new("bad", bad.url()))
+        .start()
+        .await;
+    let body = format!(
+        "{{\"schemaVersion\":2,\"config\":{{\"mediaType\":\"application/vnd.oci.image.config.v1+json\",\"size\":2,\
+         \"digest\":\"sha256:{}\"}},\"layers\":[]}}",
+        "1".repeat(64)
+    );
+    let named = |media_type: &str| Content::new(body.clone(), media_type);
+    let right = named(OCI_MANIFEST);
+    good.put_manifest(REPO, Some("v1"), &right);
+    for (tag, other) in [
+        ("a", "application/json"),
+        ("b", "application/vnd.evil+json"),
+        ("c", "application/vnd.docker.distribution.manifest.v2+json"),
+    ] {
+        bad.put_manifest(REPO, Some(tag), &named(other));
+        assert_eq!(cache.manifest("bad", REPO, tag).await.status, 200);
+        for reference in ["v1".to_owned(), right.digest.to_string()] {
+            let manifest = cache.manifest("good", REPO, reference).await;
+            assert_good(&manifest, &right);
+        }
+        cache.restart().await;
+        let manifest = cache.manifest("good", REPO, right.digest).await;
+        assert_good(&manifest, &right);
+    }
     cache.check_invariants().await;
 }
 

@@ -5,7 +5,7 @@
 
 use crate::descriptor::Descriptor;
 use crate::json::Node;
-use crate::media_type::{Kind, MediaType};
+use crate::media_type::{Kind, MediaType, OCI_INDEX, OCI_MANIFEST};
 
 /// Largest manifest taken: 4 MiB, which registries must accept and at which clients stop.
 pub const MANIFEST_LIMIT: usize = 4 << 20;
@@ -82,6 +82,12 @@ impl ManifestView {
             artifact_type: body.text("artifacttype").map(str::to_owned),
             media_type,
         })
+    }
+
+    /// The same under another type, by which it is known already.
+    #[must_use]
+    pub fn as_type(self, media_type: MediaType) -> Self {
+        Self { media_type, ..self }
     }
 
     /// The type to serve the manifest as.
@@ -169,7 +175,7 @@ fn agreed_type(
         (None, None) => Err(ManifestError::UnusableType(shortened(
             content_type.unwrap_or("none"),
         ))),
-        (Some(declared), None) => Ok(declared),
+        (Some(declared), None) => Ok(by_shape(declared, body)),
         (None, Some(found)) => read_type(found).and_then(usable),
         (Some(declared), Some(found))
             if MediaType::parse(found).is_ok_and(|found| found == declared) =>
@@ -181,6 +187,22 @@ fn agreed_type(
             found: shortened(found),
         }),
     }
+}
+
+/// The type of a body that does not say it. The header's counts where it is one that clients know. Other words are not of the manifest, but
+/// of who sent it, and anyone may send the same bytes under other ones: then its shape decides.
+fn by_shape(declared: MediaType, body: &Node) -> MediaType {
+    let shape = if matches!(declared.kind(), Kind::Image | Kind::Index) {
+        None
+    } else if body.get("config").is_some() && body.get("layers").is_some() {
+        Some(OCI_MANIFEST)
+    } else if body.get("manifests").is_some() {
+        Some(OCI_INDEX)
+    } else {
+        None
+    };
+    let known = shape.and_then(|shape| MediaType::parse(shape).ok());
+    known.unwrap_or(declared)
 }
 
 /// Refuses bodies that hold the fields of two formats, as clients must since CVE-2021-41190.

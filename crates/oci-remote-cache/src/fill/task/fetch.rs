@@ -242,15 +242,7 @@ impl Worker {
             }
             let batch = match self.batch().await {
                 Ok(batch) => batch,
-                Err(error) => {
-                    let refused = if self.stream.is_on_trial() {
-                        Ended::Unwelcome
-                    } else {
-                        Ended::Refused
-                    };
-                    let written = self.outbox.written().await;
-                    return written.map_or_else(Ended::Disk, |()| refused(error));
-                }
+                Err(error) => return self.refused(error).await,
             };
             if let Some(TakeOver { from, at }) = self.take_over.take() {
                 from.end.fetch_min(at, Ordering::Relaxed);
@@ -265,6 +257,14 @@ impl Worker {
             if let Err(error) = self.outbox.put(batch, &self.shared.tasks).await {
                 return Ended::Disk(error);
             }
+        }
+    }
+
+    async fn refused(&self, error: UpstreamError) -> Ended {
+        match self.outbox.written().await {
+            Err(error) => Ended::Disk(error),
+            Ok(()) if self.stream.is_on_trial() => Ended::Unwelcome(error),
+            Ok(()) => Ended::Refused(error),
         }
     }
 
