@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::path::Path;
 
 use super::args::ConfigVerb;
+use super::logging::{self, Verbosity};
 use super::{Failure, print};
 use crate::config::{self, Config, Settings, Sources};
 
@@ -32,6 +33,8 @@ pub(super) fn run(verb: ConfigVerb, mut sources: Sources) -> Result<(), Failure>
 fn check(sources: &Sources) -> Result<String, Failure> {
     let settings = Settings::read(sources)?;
     let config = Config::check(&settings, &sources.environment)?;
+    let filter = logging::filter(&sources.environment, config.log.as_deref(), Verbosity(0));
+    filter.map_err(Failure::Usage)?;
     let what = match &sources.file {
         Some(path) => path.display().to_string(),
         None => "no file".to_owned(),

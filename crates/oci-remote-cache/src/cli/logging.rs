@@ -15,6 +15,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Registry, fmt};
 
 use super::json_lines::JsonLines;
+use crate::config::log_filter;
 
 /// Lines that may wait to be written.
 const QUEUED_LINES: usize = 10_000;
@@ -73,10 +74,7 @@ pub(super) fn filter(
         (None, None, Verbosity(1)) => ("-v", "info,client=debug,upstream=debug"),
         (None, None, Verbosity(_)) => ("-v", "info,client=trace,upstream=trace"),
     };
-    let wanted = EnvFilter::builder()
-        .with_regex(false)
-        .parse(text)
-        .map_err(|error| format!("{source}: bad log filter {text:?}: {error}"))?;
+    let wanted = log_filter(text).map_err(|error| format!("{source}: {error}"))?;
     let named = if source == RUST_LOG {
         targets(text)
     } else {

@@ -10,6 +10,7 @@ mod error;
 mod file;
 mod hosts;
 mod keys;
+mod log;
 mod logins;
 mod nearest;
 mod notes;
@@ -32,6 +33,7 @@ use url::Url;
 
 pub use self::env::environment;
 pub use self::error::ConfigError;
+pub use self::log::log_filter;
 pub use self::notes::{notes, short_lived};
 pub use self::pages::{reference, template};
 pub use self::schema::schema;

@@ -423,6 +423,10 @@ const BAD_FILES: &[(&str, &str)] = &[
         r#"c.toml:1: key "log": bad log filter "upstream=loud": error parsing level filter: expected one of "off", "error", "warn", "info", "debug", "trace", or a number 0-5"#,
     ),
     (
+        "log = \"inof\"",
+        r#"c.toml:1: key "log": bad log filter "inof": "inof" is no level; did you mean "info"?"#,
+    ),
+    (
         "default_upstream = \"dockr.io\"",
         r#"c.toml:1: key "default_upstream": no upstream is called "dockr.io"; did you mean "docker.io"?"#,
     ),

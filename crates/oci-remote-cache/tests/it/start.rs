@@ -300,11 +300,18 @@ async fn what_is_wrong_with_the_environment_is_said_in_one_line() {
             &["OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__TAG_TTL", "soon"],
         ),
         ("RUST_LOG", "upstream=loud", &["RUST_LOG", "upstream=loud"]),
+        ("RUST_LOG", "inof", &["RUST_LOG", "inof", "\"info\""]),
+        (
+            "OCI_REMOTE_CACHE_LOG",
+            "inof",
+            &["OCI_REMOTE_CACHE_LOG", "inof", "\"info\""],
+        ),
     ] {
-        Start::configured("")
-            .environment(name, value)
-            .fails(2, words)
-            .await;
+        let start = Start::configured("").environment(name, value);
+        start.fails(2, words).await;
+        // What serving refuses is found by looking, too.
+        let check = ["config", "check", "--config", "config.toml"];
+        start.arguments(&check).fails(2, words).await;
     }
 }
 
