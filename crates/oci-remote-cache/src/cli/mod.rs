@@ -20,7 +20,7 @@ use clap::Parser as _;
 
 use self::args::{Arguments, Command, ListenFlags, TagsVerb};
 use self::logging::Verbosity;
-use crate::config::{self, Config, ConfigError, Overrides, Settings, Sources};
+use crate::config::{self, Config, ConfigError, Contents, Overrides, Settings, Sources};
 
 /// What the commands do beyond reading and printing.
 #[derive(Debug, Clone, Copy)]
@@ -123,10 +123,11 @@ fn dispatch(arguments: Arguments, actions: &Actions) -> Result<(), Failure> {
 fn serve(sources: &Sources, verbosity: Verbosity, actions: &Actions) -> Result<(), Failure> {
     let settings = Settings::read(sources)?;
     let config = Config::check(&settings, &sources.environment)?;
+    let contents = Contents::read(&config, &settings)?;
     let filter = logging::filter(&sources.environment, config.log.as_deref(), verbosity);
     let filter = filter.map_err(Failure::Usage)?;
     let _log = logging::init(filter).map_err(Failure::Failed)?;
-    for note in config::notes(&config, &settings) {
+    for note in config::notes(&config, &settings, &contents) {
         tracing::warn!(target: "config", "{note}");
     }
     (actions.serve)(config).map_err(Failure::Failed)

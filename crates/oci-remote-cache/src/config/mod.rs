@@ -5,6 +5,7 @@
 
 mod builtin;
 mod check;
+mod contents;
 mod env;
 mod error;
 mod file;
@@ -31,6 +32,7 @@ use std::time::Duration;
 
 use url::Url;
 
+pub use self::contents::Contents;
 pub use self::env::environment;
 pub use self::error::ConfigError;
 pub use self::log::log_filter;

@@ -13,12 +13,13 @@ use super::error::Origin;
 use super::keys::{KeyPath, keys};
 use super::settings::Settings;
 use super::value::{SecretSource, Value};
-use super::{Config, Serve, UpstreamConfig};
+use super::{Config, Contents, Serve, UpstreamConfig};
 
 /// What is noteworthy, one line each.
-pub fn notes(config: &Config, settings: &Settings) -> Vec<String> {
+pub fn notes(config: &Config, settings: &Settings, contents: &Contents) -> Vec<String> {
     let about = [max_blob(config), nothing_default(config), ignored(config)];
     let mut notes: Vec<String> = about.into_iter().flatten().collect();
+    notes.extend(nobody(contents));
     for upstream in &config.upstreams {
         let key = &upstream.key;
         let about = [
@@ -50,6 +51,22 @@ pub fn short_lived(config: &Config) -> Option<String> {
 fn max_blob(config: &Config) -> Option<String> {
     let (size, blob) = (config.cache.max_size?, config.cache.max_blob?);
     (blob > size).then(|| "cache.max_blob: is larger than cache.max_size, which decides".to_owned())
+}
+
+/// Files that let nobody in.
+fn nobody(contents: &Contents) -> Vec<String> {
+    let about = [
+        ("htpasswd", "a password", &contents.passwords),
+        ("tokens", "a token", &contents.tokens),
+    ];
+    let empty = about
+        .into_iter()
+        .filter(|(_, _, names)| names.as_ref().is_some_and(Vec::is_empty));
+    empty
+        .map(|(key, what, _)| {
+            format!("clients.{key}: the file names no client: nobody can log in with {what}")
+        })
+        .collect()
 }
 
 fn nothing_default(config: &Config) -> Option<String> {

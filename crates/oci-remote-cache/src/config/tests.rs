@@ -10,7 +10,8 @@ use tempfile::TempDir;
 use super::Serve;
 use super::keys::{NOT_YET, all_keys, keys};
 use super::{
-    Config, Overrides, Settings, Sources, notes, reference, schema, short_lived, show, template,
+    Config, Contents, Overrides, Settings, Sources, notes, reference, schema, short_lived, show,
+    template,
 };
 
 /// A folder with a configuration file, and what else a case needs.
@@ -60,7 +61,9 @@ impl Case {
 
     fn notes(&self) -> Vec<String> {
         let settings = Settings::read(&self.sources).unwrap();
-        notes(&self.load(), &settings)
+        let config = self.load();
+        let contents = Contents::read(&config, &settings).unwrap();
+        notes(&config, &settings, &contents)
     }
 }
 
@@ -980,6 +983,27 @@ fn what_is_noteworthy_is_noted() {
     fs::set_permissions(case.path("c.toml"), fs::Permissions::from_mode(0o600)).unwrap();
     assert_eq!(case.notes().len(), 4);
     assert!(Case::file("").notes().is_empty());
+}
+
+#[test]
+fn files_that_name_nobody_are_noted() {
+    let case = Case::file("");
+    let files = [("htpasswd", "# nobody yet\n"), ("tokens", "")];
+    let lines = files.map(|(key, text)| {
+        fs::write(case.path(key), text).unwrap();
+        format!("{key} = {:?}\n", case.path(key))
+    });
+    let text = format!("[clients]\n{}", lines.concat());
+    fs::write(case.path("c.toml"), text).unwrap();
+    assert_eq!(
+        case.notes(),
+        [
+            "clients.htpasswd: the file names no client: nobody can log in with a password",
+            "clients.tokens: the file names no client: nobody can log in with a token",
+        ]
+    );
+    fs::write(case.path("tokens"), "ci 0123456789abcdef").unwrap();
+    assert_eq!(case.notes().len(), 1);
 }
 
 #[test]
