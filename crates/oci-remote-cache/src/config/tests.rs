@@ -1007,6 +1007,67 @@ fn files_that_name_nobody_are_noted() {
 }
 
 #[test]
+fn rules_that_decide_about_nothing_are_noted() {
+    let case = Case::file("");
+    let hash = "$2y$05$abcdefghijklmnopqrstuu5s0jRuhd0ehz1yUQ9oKr4nWlk4sLoQe";
+    fs::write(case.path("h"), format!("alice:{hash}\n")).unwrap();
+    fs::write(case.path("t"), "builder 0123456789abcdef\n").unwrap();
+    let with = |rules: &str| {
+        let files = format!(
+            "htpasswd = {:?}\ntokens = {:?}",
+            case.path("h"),
+            case.path("t")
+        );
+        let text = format!(
+            "[clients]\n{files}\nrules = [{rules}]\n[upstreams.\"reg.local\"]\nurl = \"https://r\""
+        );
+        fs::write(case.path("c.toml"), text).unwrap();
+        case.notes()
+    };
+    let fine = "\"alice pull **\", \"builder pull reg.local/**\", \"* pull *.io/x\", \"anonymous deny quay.io/**\"";
+    assert_eq!(with(fine), [""; 0]);
+    for (rule, why) in [
+        (
+            "* deny reg.locl/lab/**",
+            "no upstream is called \"reg.locl\"; did you mean \"reg.local\"?",
+        ),
+        ("* deny zzz/**", "no upstream is called \"zzz\""),
+        (
+            "* deny index.docker.io/**",
+            "\"index.docker.io\" is an alias, and rules go by keys: write \"docker.io\"",
+        ),
+        (
+            "alcie pull **",
+            "no file of passwords or tokens names \"alcie\"; did you mean \"alice\"?",
+        ),
+        ("cert:ci pull **", "certificates are not asked for"),
+    ] {
+        let note = format!("clients.rules: {rule:?} decides about nothing: {why}");
+        assert_eq!(with(&format!("{rule:?}")), [note]);
+    }
+}
+
+#[test]
+fn names_in_certificates_cannot_be_known_beforehand() {
+    let case = Case::file("");
+    let made = rcgen::generate_simple_self_signed(["x".to_owned()]).unwrap();
+    fs::write(case.path("c"), made.cert.pem()).unwrap();
+    fs::write(case.path("k"), made.signing_key.serialize_pem()).unwrap();
+    let (certificate, key) = (case.path("c"), case.path("k"));
+    let text = format!(
+        "[tls]\ncert_file = {certificate:?}\nclient_ca_file = {certificate:?}\nkey_file = {key:?}\n\
+         [clients]\nrules = [\"cert:ci pull **\", \"ci pull **\"]"
+    );
+    fs::write(case.path("c.toml"), text).unwrap();
+    assert_eq!(
+        case.notes(),
+        [
+            "clients.rules: \"ci pull **\" decides about nothing: no file of passwords or tokens names \"ci\""
+        ]
+    );
+}
+
+#[test]
 fn tags_have_rules_of_their_own() {
     use crate::cache::freshness::{Lasting, OnDeleted};
     let case = Case::file(
