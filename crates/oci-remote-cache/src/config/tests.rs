@@ -963,6 +963,43 @@ fn the_reference_tells_every_key_and_its_variable() {
 }
 
 #[test]
+fn every_variable_on_the_page_sets_its_key() {
+    let page = reference();
+    for key in keys() {
+        let title = format!("\n### `{}`\n", key.name().join("."));
+        let table = page.split("\n## ").find(|table| {
+            let title = match key.table() {
+                [] => "Top level".to_owned(),
+                ["upstreams", ..] => "`[upstreams.".to_owned(),
+                table => format!("`[{}]`", table.join(".")),
+            };
+            table.starts_with(&title)
+        });
+        let (_, told) = table.unwrap().split_once(&title).unwrap();
+        let told = told.split("\n### ").next().unwrap();
+        let Some((_, variable)) = told.split_once("- Variable: `") else {
+            assert_eq!(key.path, ["upstreams", "*", "credentials_for"]);
+            continue;
+        };
+        let variable = variable.split('`').next().unwrap();
+        let variable = variable.replace("<KEY>", "QUAY_IO");
+        let example = key.example.trim_matches('"').to_owned();
+        let case = Case::variables("", &[(&variable, &example)]);
+        // Values in a file's own form are refused, but as values of this very key.
+        match Settings::read(&case.sources) {
+            Ok(settings) => {
+                let path = key.path_in("quay.io");
+                assert!(settings.get(&path).unwrap().origin.is_set(), "{variable}");
+            }
+            Err(error) => {
+                let named = format!("{variable}: key \"{}\": ", key.path_in("quay.io"));
+                assert!(error.to_string().contains(&named), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn what_is_noteworthy_is_noted() {
     let case = Case::file(
         "cache.max_size = 10\ncache.max_blob = 20\n[upstreams.corp]\nurl = \"http://corp.example\"\n\
