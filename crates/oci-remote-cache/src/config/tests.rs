@@ -543,6 +543,17 @@ fn several_slips_are_several_lines_from_the_top() {
 }
 
 #[test]
+fn one_slip_that_all_upstreams_inherit_is_one_line() {
+    let error = Case::file("proxy = { env = \"NOPE\" }").error();
+    assert_eq!(
+        error,
+        "c.toml:1: key \"proxy\": the environment variable NOPE is not set"
+    );
+    let two = "[upstreams.\"quay.io\"]\nproxy = { env = \"NOPE\" }\n[upstreams.\"ghcr.io\"]\nproxy = { env = \"NOPE\" }";
+    assert_eq!(Case::file(two).error().lines().count(), 2);
+}
+
+#[test]
 fn syntax_errors_have_a_line_and_show_no_secret() {
     let error = Case::file("\nlisten = \"x\"\npassword = \"hunter2\n").error();
     assert!(error.starts_with("c.toml:3: not valid TOML: "), "{error}");
