@@ -845,6 +845,34 @@ fn bad_variables_and_flags_get_one_exact_line() {
 }
 
 #[test]
+fn variables_never_lead_to_another_upstream() {
+    let told = |name: &str| {
+        let error = Case::variables("", &[(name, "https://x")]).error();
+        error.split_once(": ").unwrap().1.to_owned()
+    };
+    let none = "no upstream is called so, and a variable can add none: write a section [upstreams.\"…\"] with its url in the file";
+    for name in [
+        "OCI_REMOTE_CACHE_UPSTREAMS__FOO_EXAMPLE__URL",
+        "OCI_REMOTE_CACHE_UPSTREAMS__FOO_EXAMPLE",
+        "OCI_REMOTE_CACHE_UPSTREAMS_FOO_EXAMPLE_URL",
+    ] {
+        assert_eq!(told(name), none, "{name}");
+    }
+    for name in ["QAY_IO", "QUAY_IO_2", "QUAY_IO2"] {
+        let error = told(&format!("OCI_REMOTE_CACHE_UPSTREAMS__{name}__URL"));
+        assert_eq!(error, format!("{none}; did you mean \"QUAY_IO\"?"));
+    }
+    for name in [
+        "OCI_REMOTE_CACHE_UPSTREAMS__QUAY_IO__TAG_TLL",
+        "OCI_REMOTE_CACHE_UPSTREAMS_QUAY_IO_TAG_TTL",
+    ] {
+        let meant = "no such key; did you mean OCI_REMOTE_CACHE_UPSTREAMS__QUAY_IO__TAG_TTL?";
+        assert_eq!(told(name), meant);
+    }
+    assert!(told("OCI_REMOTE_CACHE_CONFIG").contains("--config"));
+}
+
+#[test]
 fn kubernetes_service_links_are_no_keys() {
     Case::variables(
         "",
