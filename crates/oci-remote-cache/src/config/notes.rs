@@ -31,6 +31,8 @@ pub fn notes(config: &Config, settings: &Settings, contents: &Contents) -> Vec<S
             heard(config, upstream),
             open(config, upstream),
             ca(upstream),
+            serve(config, settings, upstream),
+            connections(settings, upstream),
             shadow(config, upstream),
         ];
         let about = about.into_iter().flatten();
@@ -180,6 +182,24 @@ fn open(config: &Config, upstream: &UpstreamConfig) -> Option<String> {
 fn ca(upstream: &UpstreamConfig) -> Option<String> {
     let unused = upstream.ca_file.is_some() && upstream.url.scheme() == "http";
     unused.then(|| "ca_file has no effect, since its url is http://".to_owned())
+}
+
+fn serve(config: &Config, settings: &Settings, upstream: &UpstreamConfig) -> Option<String> {
+    let logins = config.docker_config.is_some() || config.docker_auth.is_some();
+    let unused = !logins && !has_credentials(upstream) && is_set(settings, upstream, "serve");
+    unused.then(|| "serve has no effect, since it has no credentials".to_owned())
+}
+
+fn connections(settings: &Settings, upstream: &UpstreamConfig) -> Option<String> {
+    let more = upstream.connections_per_blob > upstream.max_connections;
+    (more && is_set(settings, upstream, "connections_per_blob"))
+        .then(|| "connections_per_blob is larger than max_connections, which decides".to_owned())
+}
+
+/// Whether the operator said it.
+fn is_set(settings: &Settings, upstream: &UpstreamConfig, name: &str) -> bool {
+    let setting = settings.get(&KeyPath::new(&["upstreams", &upstream.key, name]));
+    setting.is_some_and(|setting| setting.origin.is_set())
 }
 
 /// A name without a dot is a legal first segment of a repository's name too.

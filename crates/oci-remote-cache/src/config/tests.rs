@@ -378,6 +378,10 @@ const BAD_FILES: &[(&str, &str)] = &[
         r#"c.toml:1: key "cache_dir": must be a path in UTF-8, not empty"#,
     ),
     (
+        "cache_dir = \"~/cache\"",
+        r#"c.toml:1: key "cache_dir": ~ is not expanded: write the whole path in place of "~/cache", or "./~/cache" where that is the name"#,
+    ),
+    (
         "listen = \":8080\"",
         r#"c.toml:1: key "listen": bad address ":8080": the part before the port must be an IP address, as in "[::]:8080" or "127.0.0.1:8080""#,
     ),
@@ -415,7 +419,7 @@ const BAD_FILES: &[(&str, &str)] = &[
     ),
     (
         "upstreams.\"quay.io\".tag_ttl = \"60\"",
-        r#"c.toml:1: key "upstreams.quay.io.tag_ttl": bad duration "60": a unit is missing (ms, s, m, h or d)"#,
+        r#"c.toml:1: key "upstreams.quay.io.tag_ttl": bad duration "60": a unit is missing (ms, s, m, h or d), as in "60s""#,
     ),
     (
         "upstreams.\"quay.io\".library = \"yes\"",
@@ -1059,6 +1063,32 @@ fn what_is_noteworthy_is_noted() {
     fs::set_permissions(case.path("c.toml"), fs::Permissions::from_mode(0o600)).unwrap();
     assert_eq!(case.notes().len(), 4);
     assert!(Case::file("").notes().is_empty());
+}
+
+#[test]
+fn settings_without_effect_are_noted() {
+    let serve = "upstreams.quay.io: serve has no effect, since it has no credentials";
+    let connections =
+        "upstreams.quay.io: connections_per_blob is larger than max_connections, which decides";
+    let login = "credentials = { username = \"u\", password = { env = \"P\" } }";
+    for (lines, noted) in [
+        ("serve = \"all\"".to_owned(), vec![serve]),
+        (format!("serve = \"public\"\n{login}"), vec![]),
+        (
+            "connections_per_blob = 9\nmax_connections = 8".to_owned(),
+            vec![connections],
+        ),
+        // Nobody said what is without effect.
+        ("max_connections = 4".to_owned(), vec![]),
+    ] {
+        let text = format!("listen = \"127.0.0.1:1\"\n[upstreams.\"quay.io\"]\n{lines}");
+        assert_eq!(Case::variables(&text, &[("P", "p")]).notes(), noted);
+    }
+    let files = Case::variables(
+        "[upstreams.\"quay.io\"]\nserve = \"all\"",
+        &[("DOCKER_AUTH_CONFIG", "{}")],
+    );
+    assert_eq!(files.notes(), [""; 0]);
 }
 
 #[test]

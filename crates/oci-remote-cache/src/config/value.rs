@@ -290,6 +290,12 @@ fn read_path(text: &str) -> Result<PathBuf, String> {
     if text.is_empty() || text.contains(['\0', '\u{fffd}']) {
         return Err("must be a path in UTF-8, not empty".to_owned());
     }
+    if text.starts_with('~') {
+        // Shells do that, and not in the middle of an argument.
+        return Err(format!(
+            "~ is not expanded: write the whole path in place of {text:?}, or \"./{text}\" where that is the name"
+        ));
+    }
     Ok(PathBuf::from(text))
 }
 
