@@ -1,7 +1,7 @@
 //! `config check|show|init|schema`.
 
 use std::fs::OpenOptions;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::path::Path;
 
 use super::args::ConfigVerb;
@@ -58,5 +58,13 @@ fn write_new(path: &Path, text: &str) -> Result<(), Failure> {
         .create_new(true)
         .open(path)
         .and_then(|mut file| file.write_all(text.as_bytes()));
-    written.map_err(|error| Failure::Failed(format!("cannot write {}: {error}", path.display())))
+    written.map_err(|error| {
+        let way_out = if error.kind() == io::ErrorKind::AlreadyExists {
+            "; nothing is written over a file: name another one, or move this one away"
+        } else {
+            ""
+        };
+        let path = path.display();
+        Failure::Failed(format!("cannot write {path}: {error}{way_out}"))
+    })
 }

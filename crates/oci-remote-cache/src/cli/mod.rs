@@ -126,7 +126,7 @@ fn serve(sources: &Sources, verbosity: Verbosity, actions: &Actions) -> Result<(
     let contents = Contents::read(&config, &settings)?;
     let filter = logging::filter(&sources.environment, config.log.as_deref(), verbosity);
     let filter = filter.map_err(Failure::Usage)?;
-    let _log = logging::init(filter).map_err(Failure::Failed)?;
+    let _log = logging::init(filter, &sources.environment).map_err(Failure::Failed)?;
     for note in config::notes(&config, &settings, &contents) {
         tracing::warn!(target: "config", "{note}");
     }
@@ -166,7 +166,7 @@ mod tests {
     use clap::{CommandFactory as _, Parser as _};
 
     use super::args::Arguments;
-    use super::{Actions, Failure, dispatch, ls, pages};
+    use super::{Actions, Config, Failure, Sources, dispatch, ls, pages};
 
     const ACTIONS: Actions = Actions {
         serve: |_| Err("served".to_owned()),
@@ -222,7 +222,8 @@ mod tests {
         let path = path.to_str().unwrap();
         assert!(run(&["config", "init", "--output", path]).is_ok());
         fs::write(path, "mine").unwrap();
-        assert!(failed(&["config", "init", "--output", path]).contains("File exists"));
+        let error = failed(&["config", "init", "--output", path]);
+        assert!(error.contains("File exists") && error.contains("name another one"));
         assert_eq!(fs::read_to_string(path).unwrap(), "mine");
     }
 
@@ -243,6 +244,11 @@ mod tests {
                 "{page}"
             );
         }
+        for name in ["EXIT STATUS", "ENVIRONMENT", "FILES", "SIGNALS"] {
+            assert_eq!(page.matches(&format!("\n.SH \"{name}\"\n")).count(), 1);
+        }
+        let usual = Config::load(&Sources::default()).unwrap();
+        assert!(page.contains(&*usual.cache_dir.to_string_lossy()));
         assert!(!page.contains("REFERENCE"));
         assert_eq!(page.matches("cache\\-dir\\fR \\fI<DIR>").count(), 1);
         let script = pages::completions(clap_complete::Shell::Bash);
