@@ -16,8 +16,6 @@ use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::Parser as _;
-
 use self::args::{Arguments, Command, ListenFlags, TagsVerb};
 use self::logging::Verbosity;
 use crate::config::{self, Config, ConfigError, Contents, Overrides, Settings, Sources};
@@ -49,7 +47,7 @@ impl From<ConfigError> for Failure {
 
 /// Runs the command that `arguments` (the program's name first) ask for.
 pub fn run(arguments: impl IntoIterator<Item = OsString>, actions: &Actions) -> ExitCode {
-    let outcome = match Arguments::try_parse_from(arguments) {
+    let outcome = match Arguments::read(arguments) {
         Ok(arguments) => dispatch(arguments, actions),
         Err(shown) => {
             // Help and version are answers, not failures: clap knows which. Nobody is left to tell when this cannot be printed.
@@ -163,9 +161,7 @@ fn unprintable(error: io::Error) -> Failure {
 mod tests {
     use std::fs;
 
-    use clap::{CommandFactory as _, Parser as _};
-
-    use super::args::Arguments;
+    use super::args::{self, Arguments};
     use super::{Actions, Config, Failure, Sources, dispatch, ls, pages};
 
     const ACTIONS: Actions = Actions {
@@ -176,7 +172,7 @@ mod tests {
 
     fn run(arguments: &[&str]) -> Result<(), Failure> {
         let arguments = std::iter::once(&"oci-remote-cache").chain(arguments);
-        dispatch(Arguments::try_parse_from(arguments).unwrap(), &ACTIONS)
+        dispatch(Arguments::read(arguments).unwrap(), &ACTIONS)
     }
 
     fn failed(arguments: &[&str]) -> String {
@@ -197,7 +193,7 @@ mod tests {
 
     #[test]
     fn arguments_are_sound() {
-        Arguments::command().debug_assert();
+        args::command().debug_assert();
     }
 
     #[test]
@@ -213,6 +209,31 @@ mod tests {
         }
         assert!(refused(&["--listen", "[::]:1", "ls"]).starts_with("--listen and"));
         assert!(refused(&["--config", "/nowhere", "config", "check"]).contains("/nowhere: cannot"));
+    }
+
+    #[test]
+    fn help_offers_only_what_the_command_uses() {
+        let help = |arguments: &[&str]| {
+            let arguments = ["oci-remote-cache"]
+                .iter()
+                .chain(arguments)
+                .chain(&["--help"]);
+            Arguments::read(arguments).unwrap_err().to_string()
+        };
+        for (arguments, folder, verbose) in [
+            (&[][..], true, true),
+            (&["serve"], true, true),
+            (&["ls"], true, false),
+            (&["tags", "history"], true, false),
+            (&["config", "check"], true, false),
+            (&["config", "init"], false, false),
+            (&["man"], false, false),
+            (&["completions"], false, false),
+        ] {
+            let help = help(arguments);
+            let offered = (help.contains("--cache-dir"), help.contains("--verbose"));
+            assert_eq!(offered, (folder, verbose), "{help}");
+        }
     }
 
     #[test]

@@ -2,11 +2,11 @@
 
 use std::io::{self, Write as _};
 
-use clap::{Command, CommandFactory as _};
+use clap::Command;
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::args::Arguments;
+use super::args;
 
 /// What no argument tells, in roff.
 const MORE: &str = r#".SH "EXIT STATUS"
@@ -55,7 +55,7 @@ No new connections; answers under way may end, for up to 25 seconds; then it end
 
 /// The completion script for `shell`.
 pub(super) fn completions(shell: Shell) -> Vec<u8> {
-    let mut command = Arguments::command();
+    let mut command = args::command();
     let name = command.get_name().to_owned();
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut command, name, &mut script);
@@ -65,8 +65,7 @@ pub(super) fn completions(shell: Shell) -> Vec<u8> {
 /// The manual page, in roff: the program's, then one section for each command.
 pub(super) fn man() -> io::Result<Vec<u8>> {
     let mut page = Vec::new();
-    let mut command = Arguments::command();
-    command.build();
+    let command = args::command();
     let whole = Man::new(command.clone());
     whole.render_title(&mut page)?;
     whole.render_name_section(&mut page)?;
