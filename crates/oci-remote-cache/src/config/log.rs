@@ -10,6 +10,10 @@ const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 /// Reads directives; the error says which of them is wrong, and what would be right.
 pub fn log_filter(text: &str) -> Result<EnvFilter, String> {
     let bad = |why: String| format!("bad log filter {text:?}: {why}");
+    if text.split(',').all(|directive| directive.trim().is_empty()) {
+        // To the parser this is silence but for errors.
+        return Err(bad("it says nothing; the usual is \"info\"".to_owned()));
+    }
     if let Some(word) = text.split(',').map(str::trim).find(|word| is_lone(word)) {
         return Err(bad(no_level(word)));
     }
@@ -57,6 +61,8 @@ mod tests {
     #[test]
     fn a_word_that_is_no_level_is_told_with_the_nearest() {
         for (text, why) in [
+            ("", "it says nothing; the usual is \"info\""),
+            (" ,", "it says nothing; the usual is \"info\""),
             ("inof", "\"inof\" is no level; did you mean \"info\"?"),
             ("Warning", "\"Warning\" is no level; did you mean \"warn\"?"),
             (
