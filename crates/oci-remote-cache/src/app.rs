@@ -8,7 +8,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use oci::{Digest, Reference, Route, Tag, Target};
+use oci::{Digest, NamePath, Reference, RepositoryName, Route, Tag, Target};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::Admin;
@@ -558,6 +558,12 @@ pub fn history(config: &Config, reference: &str) -> Result<Vec<Era>, String> {
 
 /// The repository and tag that clients of this cache mean by `reference`.
 fn tag_of(config: &Config, reference: &str) -> Result<(Source, Tag), String> {
+    if let Some((name, _digest)) = reference.split_once('@') {
+        return Err(format!(
+            "{reference:?} names a digest, which has no history: write the tag that is meant and no digest, as in \"{}\"",
+            tagged(name)
+        ));
+    }
     let start = reference.rfind('/').map_or(0, |slash| slash + 1);
     let colon = reference.rfind(':').filter(|colon| *colon >= start);
     let (name, tag) = match colon.and_then(|colon| reference.split_at_checked(colon)) {
@@ -574,6 +580,34 @@ fn tag_of(config: &Config, reference: &str) -> Result<(Source, Tag), String> {
         return Err(format!("{reference:?} names no tag"));
     };
     let resolved = names(config).resolve(None, &name, None);
-    let resolved = resolved.map_err(|error| error.to_string())?;
+    let resolved = resolved.map_err(|error| match without_us(config, &name) {
+        Some(rest) => format!(
+            "no upstream is called \"{}\"; if that is this cache's own address, leave it off: {rest}:{tag}",
+            name.first()
+        ),
+        None => error.to_string(),
+    })?;
     Ok((Source::new(resolved.upstream, resolved.repository), tag))
+}
+
+/// `name` with a tag behind it: its own, or a placeholder.
+fn tagged(name: &str) -> String {
+    let last = name.rsplit('/').next().unwrap_or_default();
+    if last.contains(':') {
+        name.to_owned()
+    } else {
+        format!("{name}:<tag>")
+    }
+}
+
+/// What is left of a name that begins with an address like ours, as in what clients pull, if an upstream's name comes next.
+fn without_us(config: &Config, name: &NamePath) -> Option<RepositoryName> {
+    let first = name.first();
+    let rest = name.rest()?;
+    let next = rest.segments().next()?;
+    let leads = |upstream: &UpstreamConfig| {
+        upstream.key == next || upstream.aliases.iter().any(|alias| alias == next)
+    };
+    let like_ours = first == "localhost" || first.contains(':');
+    (like_ours && config.upstreams.iter().any(leads)).then_some(rest)
 }

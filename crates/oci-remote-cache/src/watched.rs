@@ -70,6 +70,11 @@ impl FileError {
             why: why.into(),
         }
     }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
 }
 
 impl<T: Send + Sync + 'static> Watched<T> {

@@ -1,8 +1,9 @@
 //! The arguments as clap reads them. The doc comments are the help texts.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{ArgAction, Args, Parser, Subcommand};
+use clap::{ArgAction, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::config::Overrides;
@@ -108,6 +109,42 @@ pub(super) enum ConfigVerb {
     /// Print the reference page.
     #[command(hide = true)]
     Reference,
+}
+
+/// The arguments as clap knows them. The help of a command leaves out flags that mean nothing to it.
+pub(super) fn command() -> clap::Command {
+    let mut command = Arguments::command();
+    // What is global gets to the commands now.
+    command.build();
+    offering(command)
+}
+
+fn offering(command: clap::Command) -> clap::Command {
+    let idle: &[&str] = match command.get_name() {
+        "oci-remote-cache" | "serve" => &[],
+        "init" | "schema" | "reference" | "completions" | "man" => {
+            &["config", "cache_dir", "verbose"]
+        }
+        _ => &["verbose"],
+    };
+    let command = command.mut_args(|arg| {
+        if idle.contains(&arg.get_id().as_str()) {
+            arg.hide(true)
+        } else {
+            arg
+        }
+    });
+    command.mut_subcommands(offering)
+}
+
+impl Arguments {
+    /// Reads `arguments`, the program's name first.
+    pub(super) fn read<T: Into<OsString> + Clone>(
+        arguments: impl IntoIterator<Item = T>,
+    ) -> Result<Self, clap::Error> {
+        let matches = command().try_get_matches_from(arguments)?;
+        Self::from_arg_matches(&matches)
+    }
 }
 
 impl Command {

@@ -15,6 +15,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Registry, fmt};
 
 use super::json_lines::JsonLines;
+use crate::config::log_filter;
 
 /// Lines that may wait to be written.
 const QUEUED_LINES: usize = 10_000;
@@ -73,10 +74,7 @@ pub(super) fn filter(
         (None, None, Verbosity(1)) => ("-v", "info,client=debug,upstream=debug"),
         (None, None, Verbosity(_)) => ("-v", "info,client=trace,upstream=trace"),
     };
-    let wanted = EnvFilter::builder()
-        .with_regex(false)
-        .parse(text)
-        .map_err(|error| format!("{source}: bad log filter {text:?}: {error}"))?;
+    let wanted = log_filter(text).map_err(|error| format!("{source}: {error}"))?;
     let named = if source == RUST_LOG {
         targets(text)
     } else {
@@ -89,7 +87,10 @@ pub(super) fn filter(
 ///
 /// Lines are written by a thread of their own: a reader of the log that stalls (journald, a full pipe) must not stall those who serve.
 /// When it stalls for longer than the queue lasts, lines are lost and not the service.
-pub(super) fn init(filter: LogFilter) -> Result<WorkerGuard, String> {
+pub(super) fn init(
+    filter: LogFilter,
+    environment: &[(String, String)],
+) -> Result<WorkerGuard, String> {
     let (writer, guard) = NonBlockingBuilder::default()
         .buffered_lines_limit(QUEUED_LINES)
         .finish(Gathering(BufWriter::with_capacity(
@@ -97,7 +98,10 @@ pub(super) fn init(filter: LogFilter) -> Result<WorkerGuard, String> {
             io::stderr(),
         )));
     // A standard error that is gone must not end the process: what cannot be logged is not complained about either.
-    let layer = fmt::layer().with_writer(writer).log_internal_errors(false);
+    let layer = fmt::layer()
+        .with_writer(writer)
+        .with_ansi(has_colours(environment))
+        .log_internal_errors(false);
     let outcome = if io::stderr().is_terminal() {
         let subscriber = Registry::default().with(layer.with_filter(filter));
         tracing::subscriber::set_global_default(subscriber)
@@ -108,6 +112,15 @@ pub(super) fn init(filter: LogFilter) -> Result<WorkerGuard, String> {
     };
     outcome.map_err(|error| format!("cannot set up logging: {error}"))?;
     Ok(guard)
+}
+
+/// Whether a terminal is sent colours: unless it cannot show them, or nobody wants them (<https://no-color.org>).
+fn has_colours(environment: &[(String, String)]) -> bool {
+    environment.iter().all(|(name, value)| match name.as_str() {
+        "NO_COLOR" => value.is_empty(),
+        "TERM" => value != "dumb",
+        _ => true,
+    })
 }
 
 /// The targets that the directives in `text` name.
@@ -198,7 +211,7 @@ mod tests {
     use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
     use tracing_subscriber::registry::Registry;
 
-    use super::{Verbosity, filter, targets};
+    use super::{Verbosity, filter, has_colours, targets};
 
     /// Keeps what gets through a filter, as `target level`.
     #[derive(Clone, Default)]
@@ -276,6 +289,20 @@ mod tests {
         let hyper = seen(Some("warn,hyper=trace"), None, 0);
         assert_eq!(hyper.last().map(String::as_str), Some("rustls ERROR"));
         assert!(hyper.contains(&"hyper::proto TRACE".to_owned()));
+    }
+
+    #[test]
+    fn colours_are_for_terminals_that_show_them() {
+        for (name, value, colours) in [
+            ("TERM", "xterm-256color", true),
+            ("TERM", "dumb", false),
+            ("NO_COLOR", "1", false),
+            ("NO_COLOR", "", true),
+        ] {
+            let environment = [(name.to_owned(), value.to_owned())];
+            assert_eq!(has_colours(&environment), colours, "{name}={value}");
+        }
+        assert!(has_colours(&[]));
     }
 
     #[test]

@@ -16,11 +16,9 @@ use std::io::{self, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::Parser as _;
-
 use self::args::{Arguments, Command, ListenFlags, TagsVerb};
 use self::logging::Verbosity;
-use crate::config::{self, Config, ConfigError, Overrides, Settings, Sources};
+use crate::config::{self, Config, ConfigError, Contents, Overrides, Settings, Sources};
 
 /// What the commands do beyond reading and printing.
 #[derive(Debug, Clone, Copy)]
@@ -49,7 +47,7 @@ impl From<ConfigError> for Failure {
 
 /// Runs the command that `arguments` (the program's name first) ask for.
 pub fn run(arguments: impl IntoIterator<Item = OsString>, actions: &Actions) -> ExitCode {
-    let outcome = match Arguments::try_parse_from(arguments) {
+    let outcome = match Arguments::read(arguments) {
         Ok(arguments) => dispatch(arguments, actions),
         Err(shown) => {
             // Help and version are answers, not failures: clap knows which. Nobody is left to tell when this cannot be printed.
@@ -123,10 +121,11 @@ fn dispatch(arguments: Arguments, actions: &Actions) -> Result<(), Failure> {
 fn serve(sources: &Sources, verbosity: Verbosity, actions: &Actions) -> Result<(), Failure> {
     let settings = Settings::read(sources)?;
     let config = Config::check(&settings, &sources.environment)?;
+    let contents = Contents::read(&config, &settings)?;
     let filter = logging::filter(&sources.environment, config.log.as_deref(), verbosity);
     let filter = filter.map_err(Failure::Usage)?;
-    let _log = logging::init(filter).map_err(Failure::Failed)?;
-    for note in config::notes(&config, &settings) {
+    let _log = logging::init(filter, &sources.environment).map_err(Failure::Failed)?;
+    for note in config::notes(&config, &settings, &contents) {
         tracing::warn!(target: "config", "{note}");
     }
     (actions.serve)(config).map_err(Failure::Failed)
@@ -162,10 +161,8 @@ fn unprintable(error: io::Error) -> Failure {
 mod tests {
     use std::fs;
 
-    use clap::{CommandFactory as _, Parser as _};
-
-    use super::args::Arguments;
-    use super::{Actions, Failure, dispatch, ls, pages};
+    use super::args::{self, Arguments};
+    use super::{Actions, Config, Failure, Sources, dispatch, ls, pages};
 
     const ACTIONS: Actions = Actions {
         serve: |_| Err("served".to_owned()),
@@ -175,7 +172,7 @@ mod tests {
 
     fn run(arguments: &[&str]) -> Result<(), Failure> {
         let arguments = std::iter::once(&"oci-remote-cache").chain(arguments);
-        dispatch(Arguments::try_parse_from(arguments).unwrap(), &ACTIONS)
+        dispatch(Arguments::read(arguments).unwrap(), &ACTIONS)
     }
 
     fn failed(arguments: &[&str]) -> String {
@@ -196,7 +193,7 @@ mod tests {
 
     #[test]
     fn arguments_are_sound() {
-        Arguments::command().debug_assert();
+        args::command().debug_assert();
     }
 
     #[test]
@@ -215,13 +212,39 @@ mod tests {
     }
 
     #[test]
+    fn help_offers_only_what_the_command_uses() {
+        let help = |arguments: &[&str]| {
+            let arguments = ["oci-remote-cache"]
+                .iter()
+                .chain(arguments)
+                .chain(&["--help"]);
+            Arguments::read(arguments).unwrap_err().to_string()
+        };
+        for (arguments, folder, verbose) in [
+            (&[][..], true, true),
+            (&["serve"], true, true),
+            (&["ls"], true, false),
+            (&["tags", "history"], true, false),
+            (&["config", "check"], true, false),
+            (&["config", "init"], false, false),
+            (&["man"], false, false),
+            (&["completions"], false, false),
+        ] {
+            let help = help(arguments);
+            let offered = (help.contains("--cache-dir"), help.contains("--verbose"));
+            assert_eq!(offered, (folder, verbose), "{help}");
+        }
+    }
+
+    #[test]
     fn a_template_never_overwrites() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("c.toml");
         let path = path.to_str().unwrap();
         assert!(run(&["config", "init", "--output", path]).is_ok());
         fs::write(path, "mine").unwrap();
-        assert!(failed(&["config", "init", "--output", path]).contains("File exists"));
+        let error = failed(&["config", "init", "--output", path]);
+        assert!(error.contains("File exists") && error.contains("name another one"));
         assert_eq!(fs::read_to_string(path).unwrap(), "mine");
     }
 
@@ -242,6 +265,11 @@ mod tests {
                 "{page}"
             );
         }
+        for name in ["EXIT STATUS", "ENVIRONMENT", "FILES", "SIGNALS"] {
+            assert_eq!(page.matches(&format!("\n.SH \"{name}\"\n")).count(), 1);
+        }
+        let usual = Config::load(&Sources::default()).unwrap();
+        assert!(page.contains(&*usual.cache_dir.to_string_lossy()));
         assert!(!page.contains("REFERENCE"));
         assert_eq!(page.matches("cache\\-dir\\fR \\fI<DIR>").count(), 1);
         let script = pages::completions(clap_complete::Shell::Bash);

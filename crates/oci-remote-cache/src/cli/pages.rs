@@ -2,15 +2,60 @@
 
 use std::io::{self, Write as _};
 
-use clap::{Command, CommandFactory as _};
+use clap::Command;
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::args::Arguments;
+use super::args;
+
+/// What no argument tells, in roff.
+const MORE: &str = r#".SH "EXIT STATUS"
+.TP
+.B 0
+Done.
+.TP
+.B 1
+It was tried and failed: a port is in use, the folder is locked or refused.
+.TP
+.B 2
+The arguments, the environment, the configuration or a file that it names are wrong.
+.SH "ENVIRONMENT"
+.TP
+.B OCI_REMOTE_CACHE_*
+One variable for each key of the configuration, over the file and under the flags: cache.max_size is OCI_REMOTE_CACHE_CACHE__MAX_SIZE.
+.TP
+.B RUST_LOG
+What is logged, in place of the key log and of \-v.
+.TP
+.B DOCKER_AUTH_CONFIG
+The text of a login file of Docker or podman.
+.TP
+.B CACHE_DIRECTORY
+The folder of the cache where nothing else names one; systemd sets it.
+.TP
+.B NO_COLOR
+When it is not empty, or
+.B TERM
+is dumb, the log has no colours. Only a terminal is sent any.
+.TP
+.B SSL_CERT_FILE, SSL_CERT_DIR
+Where the trust roots of this machine are, in place of the usual places.
+.SH "FILES"
+.TP
+.I FILE
+The configuration, TOML, as \-\-config names it.
+.TP
+.I /tmp/cache/oci
+The folder of the cache where neither \-\-cache\-dir nor the key cache_dir names another. It does not last.
+.SH "SIGNALS"
+.TP
+.B SIGTERM, SIGINT
+No new connections; answers under way may end, for up to 25 seconds; then it ends with status 0. A second one ends it at once.
+"#;
 
 /// The completion script for `shell`.
 pub(super) fn completions(shell: Shell) -> Vec<u8> {
-    let mut command = Arguments::command();
+    let mut command = args::command();
     let name = command.get_name().to_owned();
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut command, name, &mut script);
@@ -20,8 +65,7 @@ pub(super) fn completions(shell: Shell) -> Vec<u8> {
 /// The manual page, in roff: the program's, then one section for each command.
 pub(super) fn man() -> io::Result<Vec<u8>> {
     let mut page = Vec::new();
-    let mut command = Arguments::command();
-    command.build();
+    let command = args::command();
     let whole = Man::new(command.clone());
     whole.render_title(&mut page)?;
     whole.render_name_section(&mut page)?;
@@ -31,6 +75,7 @@ pub(super) fn man() -> io::Result<Vec<u8>> {
     for below in commands(&command) {
         section(&mut page, below)?;
     }
+    page.write_all(MORE.as_bytes())?;
     Ok(page)
 }
 

@@ -15,7 +15,7 @@ use super::builtin::BUILT_IN;
 use super::error::{ConfigError, Origin, Problem};
 use super::keys::KeyPath;
 use super::logins::PrefixLogin;
-use super::nearest::nearest;
+use super::nearest::{hint, nearest};
 use super::settings::Settings;
 use super::value::{NO_PROXY, SecretSource, Typed};
 use super::{
@@ -494,8 +494,4 @@ fn secret_file(path: &Path) -> io::Result<Secret> {
     // Editors and `echo` end a file with a line end that is no part of the password.
     text.truncate(text.trim_end_matches(['\r', '\n']).len());
     Ok(Secret::new(text))
-}
-
-fn hint(meant: Option<&str>) -> String {
-    meant.map_or_else(String::new, |meant| format!("; did you mean {meant:?}?"))
 }

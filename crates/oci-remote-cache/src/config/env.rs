@@ -6,7 +6,7 @@
 use super::error::{Origin, Problem};
 use super::file::Entry;
 use super::keys::{Key, KeyPath, Kind, keys};
-use super::nearest::nearest;
+use super::nearest::{hint, nearest};
 use super::value::Written;
 
 const PREFIX: &str = "OCI_REMOTE_CACHE_";
@@ -18,6 +18,13 @@ struct Candidate {
     path: KeyPath,
     /// `file` or `env`, where the variable tells only where a secret is.
     part: Option<&'static str>,
+}
+
+impl Candidate {
+    /// Its variable's name without what all begin with.
+    fn own(&self) -> &str {
+        self.variable.strip_prefix(PREFIX).unwrap_or_default()
+    }
 }
 
 /// The process's environment. Values that are not UTF-8 are kept with replacement characters, and refused where they matter.
@@ -181,11 +188,48 @@ fn is_service_link(name: &str, value: &str) -> bool {
 
 fn unknown(name: &str, candidates: &[Candidate]) -> Problem {
     // Without the prefix, which would make every name look like every other.
-    let own = |name| str::strip_prefix(name, PREFIX).unwrap_or_default();
-    let names = candidates.iter().map(|one| own(one.variable.as_str()));
-    let what = match nearest(own(name), names) {
+    let own = name.strip_prefix(PREFIX).unwrap_or_default();
+    let names = candidates.iter().map(Candidate::own);
+    let what = match nearest(own, names) {
+        _ if own == "CONFIG" => {
+            "no such key; the configuration file is named by the flag --config".to_owned()
+        }
+        meant
+            if own.starts_with("UPSTREAMS_")
+                && !meant.is_some_and(|meant| is_same_upstream(own, meant)) =>
+        {
+            no_upstream(own, candidates)
+        }
         Some(meant) => format!("no such key; did you mean {PREFIX}{meant}?"),
         None => "no such key".to_owned(),
     };
     Problem::of(&format!("environment variable {name}"), what)
+}
+
+/// Whether both names are of keys of one upstream. The nearest name may well be another upstream's: whoever took that advice would lead
+/// its clients astray.
+fn is_same_upstream(own: &str, meant: &str) -> bool {
+    let Some(upstream) = meant.split("__").nth(1) else {
+        return false;
+    };
+    let mut said = own.split("__").skip(1);
+    match (said.next(), said.next()) {
+        (Some(said), _) if said == upstream => true,
+        (Some(_), Some(_)) => false,
+        // Too few underscores: the key may be what follows.
+        (_, None) | (None, _) => {
+            let single = own.replace("__", "_");
+            single.starts_with(&format!("UPSTREAMS_{}_", upstream.replace("__", "_")))
+        }
+    }
+}
+
+fn no_upstream(own: &str, candidates: &[Candidate]) -> String {
+    let said = own.split("__").nth(1).unwrap_or_default();
+    let known = candidates.iter().filter(|one| one.key.is_upstream());
+    let known = known.filter_map(|one| one.own().split("__").nth(1));
+    let hint = hint(nearest(said, known));
+    format!(
+        "no upstream is called so, and a variable can add none: write a section [upstreams.\"…\"] with its url in the file{hint}"
+    )
 }

@@ -76,8 +76,14 @@ impl Problem {
 }
 
 impl ConfigError {
-    /// `value`, unless something is wrong.
-    pub(super) fn unless_any<T>(problems: Vec<Problem>, value: T) -> Result<T, Self> {
+    /// `value`, unless something is wrong. What is wrong with what all upstreams inherit is found with each, and told once.
+    pub(super) fn unless_any<T>(found: Vec<Problem>, value: T) -> Result<T, Self> {
+        let mut problems: Vec<Problem> = Vec::new();
+        for problem in found {
+            if !problems.contains(&problem) {
+                problems.push(problem);
+            }
+        }
         if problems.is_empty() {
             Ok(value)
         } else {

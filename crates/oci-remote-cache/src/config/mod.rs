@@ -5,11 +5,13 @@
 
 mod builtin;
 mod check;
+mod contents;
 mod env;
 mod error;
 mod file;
 mod hosts;
 mod keys;
+mod log;
 mod logins;
 mod nearest;
 mod notes;
@@ -30,8 +32,10 @@ use std::time::Duration;
 
 use url::Url;
 
+pub use self::contents::Contents;
 pub use self::env::environment;
 pub use self::error::ConfigError;
+pub use self::log::log_filter;
 pub use self::notes::{notes, short_lived};
 pub use self::pages::{reference, template};
 pub use self::schema::schema;

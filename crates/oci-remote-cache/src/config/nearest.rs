@@ -43,3 +43,8 @@ pub(super) fn nearest<'a>(
         .max_by(|(one, _), (other, _)| one.total_cmp(other))
         .map(|(_, candidate)| candidate)
 }
+
+/// The end of a message about a name that is none of ours.
+pub(super) fn hint(meant: Option<&str>) -> String {
+    meant.map_or_else(String::new, |meant| format!("; did you mean {meant:?}?"))
+}

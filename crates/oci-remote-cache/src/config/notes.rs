@@ -11,14 +11,19 @@ use url::Host;
 
 use super::error::Origin;
 use super::keys::{KeyPath, keys};
+use super::nearest::{hint, nearest};
 use super::settings::Settings;
 use super::value::{SecretSource, Value};
-use super::{Config, Serve, UpstreamConfig};
+use super::{Config, Contents, Serve, UpstreamConfig};
+use crate::policy::rules::Rule;
 
 /// What is noteworthy, one line each.
-pub fn notes(config: &Config, settings: &Settings) -> Vec<String> {
+pub fn notes(config: &Config, settings: &Settings, contents: &Contents) -> Vec<String> {
     let about = [max_blob(config), nothing_default(config), ignored(config)];
     let mut notes: Vec<String> = about.into_iter().flatten().collect();
+    notes.extend(nobody(contents));
+    let rules = &config.clients.rules;
+    notes.extend(rules.iter().flat_map(|rule| idle(config, contents, rule)));
     for upstream in &config.upstreams {
         let key = &upstream.key;
         let about = [
@@ -26,6 +31,8 @@ pub fn notes(config: &Config, settings: &Settings) -> Vec<String> {
             heard(config, upstream),
             open(config, upstream),
             ca(upstream),
+            serve(config, settings, upstream),
+            connections(settings, upstream),
             shadow(config, upstream),
         ];
         let about = about.into_iter().flatten();
@@ -50,6 +57,76 @@ pub fn short_lived(config: &Config) -> Option<String> {
 fn max_blob(config: &Config) -> Option<String> {
     let (size, blob) = (config.cache.max_size?, config.cache.max_blob?);
     (blob > size).then(|| "cache.max_blob: is larger than cache.max_size, which decides".to_owned())
+}
+
+/// Files that let nobody in.
+fn nobody(contents: &Contents) -> Vec<String> {
+    let about = [
+        ("htpasswd", "a password", &contents.passwords),
+        ("tokens", "a token", &contents.tokens),
+    ];
+    let empty = about
+        .into_iter()
+        .filter(|(_, _, names)| names.as_ref().is_some_and(Vec::is_empty));
+    empty
+        .map(|(key, what, _)| {
+            format!("clients.{key}: the file names no client: nobody can log in with {what}")
+        })
+        .collect()
+}
+
+/// Why a rule decides about nothing: it is for no upstream, or for a client that nobody can be.
+fn idle(config: &Config, contents: &Contents, text: &str) -> Vec<String> {
+    let Ok(rule) = text.parse::<Rule>() else {
+        return Vec::new();
+    };
+    let about = [
+        no_upstream(config, &rule),
+        no_client(config, contents, &rule),
+    ];
+    let about = about.into_iter().flatten();
+    about
+        .map(|why| format!("clients.rules: {text:?} decides about nothing: {why}"))
+        .collect()
+}
+
+fn no_upstream(config: &Config, rule: &Rule) -> Option<String> {
+    let upstreams = &config.upstreams;
+    if upstreams.iter().any(|upstream| rule.is_for(&upstream.key)) {
+        return None;
+    }
+    let said = rule.upstreams();
+    let aliased = upstreams
+        .iter()
+        .find(|upstream| upstream.aliases.iter().any(|alias| rule.is_for(alias)));
+    if let Some(upstream) = aliased {
+        let key = &upstream.key;
+        return Some(format!(
+            "{said:?} is an alias, and rules go by keys: write {key:?}"
+        ));
+    }
+    let keys = upstreams.iter().map(|upstream| upstream.key.as_str());
+    let hint = hint(nearest(said, keys));
+    Some(format!("no upstream is called {said:?}{hint}"))
+}
+
+fn no_client(config: &Config, contents: &Contents, rule: &Rule) -> Option<String> {
+    let name = rule.client()?;
+    // A certificate may hold any name, and no file may hold one like it.
+    if name.starts_with("cert:") {
+        let tls = config.tls.as_ref();
+        let asked = tls.is_some_and(|tls| tls.client_ca_file.is_some());
+        return (!asked).then(|| "certificates are not asked for".to_owned());
+    }
+    let files = [&contents.passwords, &contents.tokens];
+    let names = files.into_iter().flatten().flatten().map(String::as_str);
+    if names.clone().any(|known| known == name) {
+        return None;
+    }
+    let hint = hint(nearest(name, names));
+    Some(format!(
+        "no file of passwords or tokens names {name:?}{hint}"
+    ))
 }
 
 fn nothing_default(config: &Config) -> Option<String> {
@@ -105,6 +182,24 @@ fn open(config: &Config, upstream: &UpstreamConfig) -> Option<String> {
 fn ca(upstream: &UpstreamConfig) -> Option<String> {
     let unused = upstream.ca_file.is_some() && upstream.url.scheme() == "http";
     unused.then(|| "ca_file has no effect, since its url is http://".to_owned())
+}
+
+fn serve(config: &Config, settings: &Settings, upstream: &UpstreamConfig) -> Option<String> {
+    let logins = config.docker_config.is_some() || config.docker_auth.is_some();
+    let unused = !logins && !has_credentials(upstream) && is_set(settings, upstream, "serve");
+    unused.then(|| "serve has no effect, since it has no credentials".to_owned())
+}
+
+fn connections(settings: &Settings, upstream: &UpstreamConfig) -> Option<String> {
+    let more = upstream.connections_per_blob > upstream.max_connections;
+    (more && is_set(settings, upstream, "connections_per_blob"))
+        .then(|| "connections_per_blob is larger than max_connections, which decides".to_owned())
+}
+
+/// Whether the operator said it.
+fn is_set(settings: &Settings, upstream: &UpstreamConfig, name: &str) -> bool {
+    let setting = settings.get(&KeyPath::new(&["upstreams", &upstream.key, name]));
+    setting.is_some_and(|setting| setting.origin.is_set())
 }
 
 /// A name without a dot is a legal first segment of a repository's name too.

@@ -131,13 +131,7 @@ fn reference_key(text: &mut String, key: &Key) {
         (Default::Text(_), Some(literal)) => format!("`{literal}`"),
         (Default::Text(text), None) => text.to_owned(),
     };
-    let steps: Vec<&str> = key
-        .path
-        .iter()
-        .map(|step| if *step == "*" { "<key>" } else { step })
-        .collect();
     let name = key.name().join(".");
-    let variable = variable(&steps).replace("_KEY_", "<KEY>");
     write!(
         text,
         "\n### `{name}`\n\n{}\n\n- Value: {}\n- Default: {default}\n- Example: `{name} = {}`\n",
@@ -147,7 +141,18 @@ fn reference_key(text: &mut String, key: &Key) {
     )
     .ok();
     if key.kind != Kind::Logins {
-        writeln!(text, "- Variable: `{variable}`").ok();
+        writeln!(text, "- Variable: `{}`", variable_of(key)).ok();
+    }
+}
+
+/// The variable for `key`, with `<KEY>` in place of an upstream's own key.
+fn variable_of(key: &Key) -> String {
+    let name = variable(key.path);
+    if key.is_upstream() {
+        // The star of the path became an underscore.
+        name.replacen("UPSTREAMS_____", "UPSTREAMS__<KEY>__", 1)
+    } else {
+        name
     }
 }
 

@@ -10,7 +10,8 @@ use tempfile::TempDir;
 use super::Serve;
 use super::keys::{NOT_YET, all_keys, keys};
 use super::{
-    Config, Overrides, Settings, Sources, notes, reference, schema, short_lived, show, template,
+    Config, Contents, Overrides, Settings, Sources, notes, reference, schema, short_lived, show,
+    template,
 };
 
 /// A folder with a configuration file, and what else a case needs.
@@ -60,7 +61,9 @@ impl Case {
 
     fn notes(&self) -> Vec<String> {
         let settings = Settings::read(&self.sources).unwrap();
-        notes(&self.load(), &settings)
+        let config = self.load();
+        let contents = Contents::read(&config, &settings).unwrap();
+        notes(&config, &settings, &contents)
     }
 }
 
@@ -375,6 +378,10 @@ const BAD_FILES: &[(&str, &str)] = &[
         r#"c.toml:1: key "cache_dir": must be a path in UTF-8, not empty"#,
     ),
     (
+        "cache_dir = \"~/cache\"",
+        r#"c.toml:1: key "cache_dir": ~ is not expanded: write the whole path in place of "~/cache", or "./~/cache" where that is the name"#,
+    ),
+    (
         "listen = \":8080\"",
         r#"c.toml:1: key "listen": bad address ":8080": the part before the port must be an IP address, as in "[::]:8080" or "127.0.0.1:8080""#,
     ),
@@ -412,7 +419,7 @@ const BAD_FILES: &[(&str, &str)] = &[
     ),
     (
         "upstreams.\"quay.io\".tag_ttl = \"60\"",
-        r#"c.toml:1: key "upstreams.quay.io.tag_ttl": bad duration "60": a unit is missing (ms, s, m, h or d)"#,
+        r#"c.toml:1: key "upstreams.quay.io.tag_ttl": bad duration "60": a unit is missing (ms, s, m, h or d), as in "60s""#,
     ),
     (
         "upstreams.\"quay.io\".library = \"yes\"",
@@ -421,6 +428,10 @@ const BAD_FILES: &[(&str, &str)] = &[
     (
         "log = \"upstream=loud\"",
         r#"c.toml:1: key "log": bad log filter "upstream=loud": error parsing level filter: expected one of "off", "error", "warn", "info", "debug", "trace", or a number 0-5"#,
+    ),
+    (
+        "log = \"inof\"",
+        r#"c.toml:1: key "log": bad log filter "inof": "inof" is no level; did you mean "info"?"#,
     ),
     (
         "default_upstream = \"dockr.io\"",
@@ -533,6 +544,17 @@ fn several_slips_are_several_lines_from_the_top() {
     let lines: Vec<&str> = error.lines().collect();
     assert_eq!(lines.len(), 3);
     assert!(lines[0].starts_with("c.toml:1: ") && lines[2].starts_with("c.toml:4: "));
+}
+
+#[test]
+fn one_slip_that_all_upstreams_inherit_is_one_line() {
+    let error = Case::file("proxy = { env = \"NOPE\" }").error();
+    assert_eq!(
+        error,
+        "c.toml:1: key \"proxy\": the environment variable NOPE is not set"
+    );
+    let two = "[upstreams.\"quay.io\"]\nproxy = { env = \"NOPE\" }\n[upstreams.\"ghcr.io\"]\nproxy = { env = \"NOPE\" }";
+    assert_eq!(Case::file(two).error().lines().count(), 2);
 }
 
 #[test]
@@ -827,6 +849,34 @@ fn bad_variables_and_flags_get_one_exact_line() {
 }
 
 #[test]
+fn variables_never_lead_to_another_upstream() {
+    let told = |name: &str| {
+        let error = Case::variables("", &[(name, "https://x")]).error();
+        error.split_once(": ").unwrap().1.to_owned()
+    };
+    let none = "no upstream is called so, and a variable can add none: write a section [upstreams.\"…\"] with its url in the file";
+    for name in [
+        "OCI_REMOTE_CACHE_UPSTREAMS__FOO_EXAMPLE__URL",
+        "OCI_REMOTE_CACHE_UPSTREAMS__FOO_EXAMPLE",
+        "OCI_REMOTE_CACHE_UPSTREAMS_FOO_EXAMPLE_URL",
+    ] {
+        assert_eq!(told(name), none, "{name}");
+    }
+    for name in ["QAY_IO", "QUAY_IO_2", "QUAY_IO2"] {
+        let error = told(&format!("OCI_REMOTE_CACHE_UPSTREAMS__{name}__URL"));
+        assert_eq!(error, format!("{none}; did you mean \"QUAY_IO\"?"));
+    }
+    for name in [
+        "OCI_REMOTE_CACHE_UPSTREAMS__QUAY_IO__TAG_TLL",
+        "OCI_REMOTE_CACHE_UPSTREAMS_QUAY_IO_TAG_TTL",
+    ] {
+        let meant = "no such key; did you mean OCI_REMOTE_CACHE_UPSTREAMS__QUAY_IO__TAG_TTL?";
+        assert_eq!(told(name), meant);
+    }
+    assert!(told("OCI_REMOTE_CACHE_CONFIG").contains("--config"));
+}
+
+#[test]
 fn kubernetes_service_links_are_no_keys() {
     Case::variables(
         "",
@@ -956,6 +1006,43 @@ fn the_reference_tells_every_key_and_its_variable() {
 }
 
 #[test]
+fn every_variable_on_the_page_sets_its_key() {
+    let page = reference();
+    for key in keys() {
+        let title = format!("\n### `{}`\n", key.name().join("."));
+        let table = page.split("\n## ").find(|table| {
+            let title = match key.table() {
+                [] => "Top level".to_owned(),
+                ["upstreams", ..] => "`[upstreams.".to_owned(),
+                table => format!("`[{}]`", table.join(".")),
+            };
+            table.starts_with(&title)
+        });
+        let (_, told) = table.unwrap().split_once(&title).unwrap();
+        let told = told.split("\n### ").next().unwrap();
+        let Some((_, variable)) = told.split_once("- Variable: `") else {
+            assert_eq!(key.path, ["upstreams", "*", "credentials_for"]);
+            continue;
+        };
+        let variable = variable.split('`').next().unwrap();
+        let variable = variable.replace("<KEY>", "QUAY_IO");
+        let example = key.example.trim_matches('"').to_owned();
+        let case = Case::variables("", &[(&variable, &example)]);
+        // Values in a file's own form are refused, but as values of this very key.
+        match Settings::read(&case.sources) {
+            Ok(settings) => {
+                let path = key.path_in("quay.io");
+                assert!(settings.get(&path).unwrap().origin.is_set(), "{variable}");
+            }
+            Err(error) => {
+                let named = format!("{variable}: key \"{}\": ", key.path_in("quay.io"));
+                assert!(error.to_string().contains(&named), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn what_is_noteworthy_is_noted() {
     let case = Case::file(
         "cache.max_size = 10\ncache.max_blob = 20\n[upstreams.corp]\nurl = \"http://corp.example\"\n\
@@ -976,6 +1063,114 @@ fn what_is_noteworthy_is_noted() {
     fs::set_permissions(case.path("c.toml"), fs::Permissions::from_mode(0o600)).unwrap();
     assert_eq!(case.notes().len(), 4);
     assert!(Case::file("").notes().is_empty());
+}
+
+#[test]
+fn settings_without_effect_are_noted() {
+    let serve = "upstreams.quay.io: serve has no effect, since it has no credentials";
+    let connections =
+        "upstreams.quay.io: connections_per_blob is larger than max_connections, which decides";
+    let login = "credentials = { username = \"u\", password = { env = \"P\" } }";
+    for (lines, noted) in [
+        ("serve = \"all\"".to_owned(), vec![serve]),
+        (format!("serve = \"public\"\n{login}"), vec![]),
+        (
+            "connections_per_blob = 9\nmax_connections = 8".to_owned(),
+            vec![connections],
+        ),
+        // Nobody said what is without effect.
+        ("max_connections = 4".to_owned(), vec![]),
+    ] {
+        let text = format!("listen = \"127.0.0.1:1\"\n[upstreams.\"quay.io\"]\n{lines}");
+        assert_eq!(Case::variables(&text, &[("P", "p")]).notes(), noted);
+    }
+    let files = Case::variables(
+        "[upstreams.\"quay.io\"]\nserve = \"all\"",
+        &[("DOCKER_AUTH_CONFIG", "{}")],
+    );
+    assert_eq!(files.notes(), [""; 0]);
+}
+
+#[test]
+fn files_that_name_nobody_are_noted() {
+    let case = Case::file("");
+    let files = [("htpasswd", "# nobody yet\n"), ("tokens", "")];
+    let lines = files.map(|(key, text)| {
+        fs::write(case.path(key), text).unwrap();
+        format!("{key} = {:?}\n", case.path(key))
+    });
+    let text = format!("[clients]\n{}", lines.concat());
+    fs::write(case.path("c.toml"), text).unwrap();
+    assert_eq!(
+        case.notes(),
+        [
+            "clients.htpasswd: the file names no client: nobody can log in with a password",
+            "clients.tokens: the file names no client: nobody can log in with a token",
+        ]
+    );
+    fs::write(case.path("tokens"), "ci 0123456789abcdef").unwrap();
+    assert_eq!(case.notes().len(), 1);
+}
+
+#[test]
+fn rules_that_decide_about_nothing_are_noted() {
+    let case = Case::file("");
+    let hash = "$2y$05$abcdefghijklmnopqrstuu5s0jRuhd0ehz1yUQ9oKr4nWlk4sLoQe";
+    fs::write(case.path("h"), format!("alice:{hash}\n")).unwrap();
+    fs::write(case.path("t"), "builder 0123456789abcdef\n").unwrap();
+    let with = |rules: &str| {
+        let files = format!(
+            "htpasswd = {:?}\ntokens = {:?}",
+            case.path("h"),
+            case.path("t")
+        );
+        let text = format!(
+            "[clients]\n{files}\nrules = [{rules}]\n[upstreams.\"reg.local\"]\nurl = \"https://r\""
+        );
+        fs::write(case.path("c.toml"), text).unwrap();
+        case.notes()
+    };
+    let fine = "\"alice pull **\", \"builder pull reg.local/**\", \"* pull *.io/x\", \"anonymous deny quay.io/**\"";
+    assert_eq!(with(fine), [""; 0]);
+    for (rule, why) in [
+        (
+            "* deny reg.locl/lab/**",
+            "no upstream is called \"reg.locl\"; did you mean \"reg.local\"?",
+        ),
+        ("* deny zzz/**", "no upstream is called \"zzz\""),
+        (
+            "* deny index.docker.io/**",
+            "\"index.docker.io\" is an alias, and rules go by keys: write \"docker.io\"",
+        ),
+        (
+            "alcie pull **",
+            "no file of passwords or tokens names \"alcie\"; did you mean \"alice\"?",
+        ),
+        ("cert:ci pull **", "certificates are not asked for"),
+    ] {
+        let note = format!("clients.rules: {rule:?} decides about nothing: {why}");
+        assert_eq!(with(&format!("{rule:?}")), [note]);
+    }
+}
+
+#[test]
+fn names_in_certificates_cannot_be_known_beforehand() {
+    let case = Case::file("");
+    let made = rcgen::generate_simple_self_signed(["x".to_owned()]).unwrap();
+    fs::write(case.path("c"), made.cert.pem()).unwrap();
+    fs::write(case.path("k"), made.signing_key.serialize_pem()).unwrap();
+    let (certificate, key) = (case.path("c"), case.path("k"));
+    let text = format!(
+        "[tls]\ncert_file = {certificate:?}\nclient_ca_file = {certificate:?}\nkey_file = {key:?}\n\
+         [clients]\nrules = [\"cert:ci pull **\", \"ci pull **\"]"
+    );
+    fs::write(case.path("c.toml"), text).unwrap();
+    assert_eq!(
+        case.notes(),
+        [
+            "clients.rules: \"ci pull **\" decides about nothing: no file of passwords or tokens names \"ci\""
+        ]
+    );
 }
 
 #[test]

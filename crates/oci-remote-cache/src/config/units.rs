@@ -95,14 +95,12 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
             .find(|character: char| !character.is_ascii_alphabetic())
             .unwrap_or(after.len());
         let (unit, after) = after.split_at(end);
-        if unit.is_empty() && !number.is_empty() {
-            return Err(format!(
-                "bad duration {text:?}: a unit is missing (ms, s, m, h or d)"
-            ));
+        let known = TIME_UNITS.iter().find(|(name, _)| *name == unit);
+        if known.is_none() && !number.is_empty() {
+            let word = if unit.is_empty() { after } else { unit };
+            return Err(no_unit(text, number, word.trim()));
         }
-        let part = TIME_UNITS
-            .iter()
-            .find(|(name, _)| *name == unit)
+        let part = known
             .and_then(|(_, factor)| Decimal::parse(number)?.times(*factor))
             .ok_or_else(bad)?;
         nanos = nanos.checked_add(part).ok_or_else(|| too_long(text))?;
@@ -116,6 +114,24 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     } else {
         Ok(span)
     }
+}
+
+/// What is wrong with `word` as the unit of `number`, and the number with the unit that was most likely meant.
+fn no_unit(text: &str, number: &str, word: &str) -> String {
+    let word = word.to_ascii_lowercase();
+    let meant = match word.chars().next() {
+        Some('m') if word.starts_with("mil") => "ms",
+        Some('m') if !word.starts_with("mo") => "m",
+        Some('h') => "h",
+        Some('d' | 'w' | 'y') => "d",
+        _ => "s",
+    };
+    let what = if word.is_empty() {
+        "a unit is missing (ms, s, m, h or d)"
+    } else {
+        "a unit is ms, s, m, h or d, right behind its number"
+    };
+    format!("bad duration {text:?}: {what}, as in \"{number}{meant}\"")
 }
 
 fn too_long(text: &str) -> String {
@@ -248,6 +264,22 @@ mod tests {
         ] {
             let error = parse_duration(text).unwrap_err();
             assert!(error.starts_with("bad duration"), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn words_for_units_are_answered_with_units() {
+        for (text, example) in [
+            ("5 minutes", "5m"),
+            ("5min", "5m"),
+            ("5 Hours", "5h"),
+            ("250 millis", "250ms"),
+            ("2 days", "2d"),
+            ("5x", "5s"),
+        ] {
+            let what = "a unit is ms, s, m, h or d, right behind its number";
+            let error = format!("bad duration {text:?}: {what}, as in {example:?}");
+            assert_eq!(parse_duration(text), Err(error));
         }
     }
 

@@ -7,11 +7,11 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tracing_subscriber::EnvFilter;
 use url::Url;
 
 use super::hosts::{read_host, read_host_or_network, read_name, read_network, read_url};
 use super::keys::Kind;
+use super::log::log_filter;
 use super::logins::{self, PrefixLogin};
 use super::tags::{self, TagRule};
 use super::units::{duration_text, parse_duration, parse_size, size_text};
@@ -290,14 +290,17 @@ fn read_path(text: &str) -> Result<PathBuf, String> {
     if text.is_empty() || text.contains(['\0', '\u{fffd}']) {
         return Err("must be a path in UTF-8, not empty".to_owned());
     }
+    if text.starts_with('~') {
+        // Shells do that, and not in the middle of an argument.
+        return Err(format!(
+            "~ is not expanded: write the whole path in place of {text:?}, or \"./{text}\" where that is the name"
+        ));
+    }
     Ok(PathBuf::from(text))
 }
 
 fn read_filter(text: &str) -> Result<String, String> {
-    match EnvFilter::builder().with_regex(false).parse(text) {
-        Ok(_) => Ok(text.to_owned()),
-        Err(error) => Err(format!("bad log filter {text:?}: {error}")),
-    }
+    log_filter(text).map(|_filter| text.to_owned())
 }
 
 fn read_size(written: &Written) -> Result<u64, String> {

@@ -22,7 +22,7 @@ use super::problem::{Problem, Status};
 use crate::policy::{ClientLogin, ClientName};
 use crate::secret::Secret;
 use crate::tasks::Tasks;
-use crate::watched::{FileError, Watched};
+use crate::watched::{FileError, Watched, read_file};
 
 /// Right passwords remembered at most.
 const REMEMBERED: usize = 16_384;
@@ -69,6 +69,23 @@ struct Tokens(HashMap<Digest, ClientName>);
 enum Shown {
     Login { name: String, password: Secret },
     Token(Secret),
+}
+
+impl Books {
+    /// The names of those whose passwords are in `htpasswd`, for who judges the file without serving. Blocks on the disk.
+    pub fn with_passwords(htpasswd: &Path) -> Result<Vec<String>, FileError> {
+        let passwords = read_htpasswd(&read_file(htpasswd)?);
+        let passwords = passwords.map_err(|why| FileError::new(htpasswd, why))?;
+        Ok(passwords.into_keys().collect())
+    }
+
+    /// The names of those whose tokens are in `tokens`.
+    pub fn with_tokens(tokens: &Path) -> Result<Vec<String>, FileError> {
+        // Nobody is let in by these: any key will do.
+        let held = read_tokens(&read_file(tokens)?, &[0; 32]);
+        let Tokens(held) = held.map_err(|why| FileError::new(tokens, why))?;
+        Ok(held.into_values().map(|name| name.to_string()).collect())
+    }
 }
 
 impl Doorman {

@@ -140,6 +140,27 @@ impl Rules {
     }
 }
 
+impl Rule {
+    /// The one client it is for, where it is for one.
+    pub fn client(&self) -> Option<&str> {
+        match &self.who {
+            Who::Named(name) => Some(name),
+            Who::AnyoneNamed | Who::Anonymous => None,
+        }
+    }
+
+    /// The upstreams it is for, as written: a key, perhaps with stars.
+    pub fn upstreams(&self) -> &str {
+        self.place.0.first().map_or("", String::as_str)
+    }
+
+    /// Whether it is for something of the upstream with this key.
+    pub fn is_for(&self, key: &str) -> bool {
+        let first = self.upstreams();
+        first == "**" || text_fits(first, key)
+    }
+}
+
 impl Deed {
     /// Its word.
     pub const fn as_str(self) -> &'static str {

@@ -75,7 +75,7 @@ pub use self::meter::Strain;
 pub use self::offline::{Offline, Switch};
 pub use self::proxy::{Proxy, ProxyError};
 pub use self::request::{Ask, Method, Mirrors, Resource};
-pub use self::trust::system_roots;
+pub use self::trust::{judge_ca_file, system_roots};
 
 /// What an operator configured for one upstream.
 #[derive(Clone, Debug)]

@@ -30,18 +30,7 @@ impl Trust {
     }
 
     fn extended(path: &Path) -> Result<Self, SetupError> {
-        let pem = std::fs::read(path).map_err(|source| SetupError::ReadCa {
-            path: path.to_owned(),
-            source,
-        })?;
-        let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
-        let mut roots = RootCertStore::clone(&system_roots());
-        let (added, _ignored) = roots.add_parsable_certificates(certificates.unwrap_or_default());
-        if added == 0 {
-            return Err(SetupError::BadCa {
-                path: path.to_owned(),
-            });
-        }
+        let roots = with_roots_of(path, RootCertStore::clone(&system_roots()))?;
         Ok(Self::Extended(Arc::new(roots)))
     }
 
@@ -60,6 +49,26 @@ impl Trust {
             .collect();
         settings
     }
+}
+
+/// Whether an upstream can be set up with this `ca_file`. Blocks on the disk.
+pub fn judge_ca_file(path: &Path) -> Result<(), SetupError> {
+    with_roots_of(path, RootCertStore::empty()).map(drop)
+}
+
+fn with_roots_of(path: &Path, mut roots: RootCertStore) -> Result<RootCertStore, SetupError> {
+    let pem = std::fs::read(path).map_err(|source| SetupError::ReadCa {
+        path: path.to_owned(),
+        source,
+    })?;
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    let (added, _ignored) = roots.add_parsable_certificates(certificates.unwrap_or_default());
+    if added == 0 {
+        return Err(SetupError::BadCa {
+            path: path.to_owned(),
+        });
+    }
+    Ok(roots)
 }
 
 /// This machine's roots, read the first time somebody asks. A machine without any can still reach `http://` registries, and

@@ -135,6 +135,30 @@ async fn ls_where_nothing_is_held_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn tags_history_says_how_a_tag_is_named() {
+    let folder = TempDir::new().expect("make a folder");
+    for (reference, words) in [
+        ("quay.io/app:v1@sha256:00", "as in \"quay.io/app:v1\""),
+        ("quay.io/app@sha256:00", "as in \"quay.io/app:<tag>\""),
+        (
+            "localhost:18080/quay.io/lab/app:v1",
+            "leave it off: quay.io/lab/app:v1",
+        ),
+        (
+            "localhost/index.docker.io/alpine",
+            "leave it off: index.docker.io/alpine:latest",
+        ),
+        // What follows is no upstream: it may be a registry that is not configured.
+        ("localhost:18080/lab/app:v1", "\"localhost:18080\""),
+    ] {
+        let failed = run(&folder, &["tags", "history", reference]).await;
+        let told = String::from_utf8_lossy(&failed.stderr).into_owned();
+        assert_eq!(failed.status.code(), Some(1), "{reference}");
+        assert!(told.contains(words), "{reference}: {told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn config_check_judges_and_changes_nothing() {
     let registry = Registry::start().await;
     let cache = cache()

@@ -268,6 +268,68 @@ async fn what_is_wrong_with_the_configuration_is_said_in_one_line() {
     }
 }
 
+/// Lines of a configuration, what is in the file `held` that they name, and words of what is said of it.
+const CONTENTS: [(&str, &str, &[&str]); 7] = [
+    (
+        "[upstreams.\"docker.io\"]\nca_file = \"held\"",
+        "s3cret",
+        &["config.toml:5", "upstreams.docker.io.ca_file", "held"],
+    ),
+    (
+        "docker_config = \"held\"",
+        "{ s3cret",
+        &["config.toml:4", "docker_config", "held"],
+    ),
+    (
+        "[clients]\nhtpasswd = \"held\"",
+        "alice:$apr1$s3cret",
+        &["config.toml:5", "clients.htpasswd", "held", "line 1"],
+    ),
+    (
+        "[clients]\ntokens = \"held\"",
+        "ci s3cret",
+        &["config.toml:5", "clients.tokens", "held", "line 1"],
+    ),
+    (
+        "[tls]\ncert_file = \"one.crt\"\nkey_file = \"held\"",
+        "s3cret",
+        &["config.toml:6", "tls.key_file", "held", "no private key"],
+    ),
+    (
+        "[tls]\nkey_file = \"one.key\"\ncert_file = \"held\"",
+        "s3cret",
+        &["config.toml:6", "tls.cert_file", "held", "no certificate"],
+    ),
+    (
+        "[tls]\ncert_file = \"other.crt\"\nkey_file = \"one.key\"",
+        "s3cret",
+        &["config.toml:5", "tls.cert_file", "other.crt", "key"],
+    ),
+];
+
+/// What is in files is judged before anything is begun, and by `config check` as by serving.
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_hold_something_else_are_refused_by_their_keys() {
+    let check = ["config", "check", "--config", "config.toml"];
+    for (lines, held, words) in CONTENTS {
+        let start = Start::configured(lines);
+        for name in ["one", "other"] {
+            let made = rcgen::generate_simple_self_signed([name.to_owned()]).expect("a key");
+            let file = |end: &str| start.home.path().join(format!("{name}.{end}"));
+            fs::write(file("crt"), made.cert.pem()).expect("write a certificate");
+            fs::write(file("key"), made.signing_key.serialize_pem()).expect("write a key");
+        }
+        fs::write(start.home.path().join("held"), held).expect("write a file");
+        start.fails(2, words).await;
+        assert!(!start.end().await.said.concat().contains("s3cret"));
+        start.arguments(&check).fails(2, words).await;
+    }
+    let start = Start::configured("").environment("DOCKER_AUTH_CONFIG", "{ s3cret");
+    let words = ["environment variable DOCKER_AUTH_CONFIG", "no login file"];
+    start.fails(2, &words).await;
+    start.arguments(&check).fails(2, &words).await;
+}
+
 /// A password in a URL is refused, and not shown.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_url_with_a_password_is_refused_without_showing_it() {
@@ -300,11 +362,18 @@ async fn what_is_wrong_with_the_environment_is_said_in_one_line() {
             &["OCI_REMOTE_CACHE_UPSTREAMS__DOCKER_IO__TAG_TTL", "soon"],
         ),
         ("RUST_LOG", "upstream=loud", &["RUST_LOG", "upstream=loud"]),
+        ("RUST_LOG", "inof", &["RUST_LOG", "inof", "\"info\""]),
+        (
+            "OCI_REMOTE_CACHE_LOG",
+            "inof",
+            &["OCI_REMOTE_CACHE_LOG", "inof", "\"info\""],
+        ),
     ] {
-        Start::configured("")
-            .environment(name, value)
-            .fails(2, words)
-            .await;
+        let start = Start::configured("").environment(name, value);
+        start.fails(2, words).await;
+        // What serving refuses is found by looking, too.
+        let check = ["config", "check", "--config", "config.toml"];
+        start.arguments(&check).fails(2, words).await;
     }
 }
 
