@@ -1,7 +1,6 @@
 //! Assembly: configuration in, a running cache out, and its orderly end.
 
 use std::collections::{HashMap, HashSet};
-use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -9,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use oci::{Digest, NamePath, Reference, RepositoryName, Route, Tag, Target};
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::Admin;
 use crate::admin::health::{self, Condition, Readiness};
@@ -32,6 +30,7 @@ use crate::policy::namespace::Entry;
 use crate::policy::rules::RuleError;
 use crate::policy::{Door, Names, Rules as ClientRules};
 use crate::secret::Secret;
+use crate::signals::Signals;
 use crate::store::catalog::{Catalog, TagEra};
 use crate::store::error::OpenError;
 use crate::store::layout::Layout;
@@ -205,42 +204,6 @@ impl App {
             () = signals.next() => tracing::warn!("stopped at once"),
         }
         Ok(())
-    }
-}
-
-/// The signals that ask a service to stop.
-struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-    hangup: tokio::signal::unix::Signal,
-    /// Somebody sits before it, and a hangup means that they left.
-    attended: bool,
-}
-
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            hangup: signal(SignalKind::hangup())?,
-            attended: std::io::stdin().is_terminal(),
-        })
-    }
-
-    async fn next(&mut self) {
-        loop {
-            tokio::select! {
-                _ = self.terminate.recv() => return,
-                _ = self.interrupt.recv() => return,
-                _ = self.hangup.recv() => {}
-            }
-            if self.attended {
-                return;
-            }
-            tracing::warn!(
-                "nothing is read again on SIGHUP: a changed configuration takes a restart"
-            );
-        }
     }
 }
 

@@ -9,6 +9,7 @@ pub mod deadline;
 pub mod metrics;
 pub mod names;
 pub mod secret;
+pub mod signals;
 pub mod tasks;
 pub mod verdict;
 pub mod watched;

@@ -8,8 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// What every floor may use.
-const GROUND: [&str; 8] = [
-    "clock", "deadline", "tasks", "secret", "metrics", "names", "verdict", "watched",
+const GROUND: [&str; 9] = [
+    "clock", "deadline", "tasks", "secret", "metrics", "names", "verdict", "watched", "signals",
 ];
 
 /// The floors, and what each may use beside itself and the ground. `a::b` allows only that module of `a`.
