@@ -218,6 +218,17 @@ impl DirectReader {
         }
     }
 
+    /// Waits for the first bytes, or for why there are none.
+    pub(super) async fn begin(&mut self) -> Result<(), FillError> {
+        while self.held.is_empty() && !self.ended {
+            match self.stream.next().await? {
+                Some(bytes) => self.take(bytes),
+                None => self.end()?,
+            }
+        }
+        Ok(())
+    }
+
     /// The next bytes; `None` when all have been given.
     pub async fn next(&mut self) -> Result<Option<Bytes>, FillError> {
         loop {

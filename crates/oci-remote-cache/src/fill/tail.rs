@@ -4,6 +4,7 @@
 //! client ever completes a wrong blob. Closed ranges leave when their bytes are in, and say that they are unverified.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use oci::Slice;
@@ -19,6 +20,9 @@ use crate::verdict::Why;
 
 /// The most that is held back until the verdict, in bytes: 64 KiB.
 pub const HELD: u64 = 64 << 10;
+
+/// How long an answer's headers wait for what the upstream says to a reader of its own.
+const MOMENT: Duration = Duration::from_secs(5);
 
 /// The longest span handed out at once: 1 MiB.
 const FRAME: u64 = 1 << 20;
@@ -208,6 +212,27 @@ impl Tail {
                 }
             }
         }
+    }
+
+    /// Where this reader goes on from the upstream by itself, waits a moment for its first bytes: as long as no headers have left, a
+    /// refusal can be told by a status.
+    pub async fn begin(&mut self) -> Result<(), FillError> {
+        let progress = self.joined.progress.borrow().clone();
+        let Next::GoAlone(alone) = self.look(&progress) else {
+            return Ok(());
+        };
+        let begun = tokio::time::timeout(MOMENT, async {
+            let mut direct = self.go_alone(&alone).await?;
+            direct.begin().await?;
+            Ok(direct)
+        });
+        match begun.await {
+            Ok(Ok(direct)) => self.direct = Some(direct),
+            Ok(Err(error)) => return Err(error),
+            // Others have the connections. It waits for its turn when it is read.
+            Err(_late) => {}
+        }
+        Ok(())
     }
 
     async fn next_direct(&mut self) -> Result<Option<Part>, FillError> {

@@ -204,7 +204,8 @@ async fn filling(
         // manifest tells is good enough for a length: where it is a lie, the answer is cut.
         let told = open.told();
         describe(response.headers_mut(), digest, told);
-        *response.body_mut() = Body::stream(told, parts(open.read_as_told()));
+        let tail = begun(open.read_as_told()).await?;
+        *response.body_mut() = Body::stream(told, parts(tail));
         return Ok(Answer::new(response, verdict));
     };
     let early = if open.is_verified() {
@@ -227,7 +228,7 @@ async fn filling(
                     .await
                     .map_err(|error| failure::of_cache(&error.into()))?;
             }
-            *response.body_mut() = Body::stream(Some(size), parts(tail));
+            *response.body_mut() = Body::stream(Some(size), parts(begun(tail).await?));
             Assurance::Verified
         }
         Wanted::One(slice) => {
@@ -236,8 +237,8 @@ async fn filling(
                 WishRange::Part(_) => (Release::Arrived, early),
             };
             describe_part(&mut response, digest, slice, size);
-            *response.body_mut() =
-                Body::stream(Some(slice.len()), parts(open.read(Some(slice), release)));
+            let tail = begun(open.read(Some(slice), release)).await?;
+            *response.body_mut() = Body::stream(Some(slice.len()), parts(tail));
             assurance
         }
         Wanted::Several(slices) => {
@@ -254,6 +255,14 @@ async fn filling(
         assurance,
         ..Answer::new(response, verdict)
     })
+}
+
+/// A reader that has heard from the upstream, where it reads from there by itself.
+async fn begun(mut tail: Tail) -> Result<Tail, Problem> {
+    match tail.begin().await {
+        Ok(()) => Ok(tail),
+        Err(error) => Err(failure::of_cache(&error.into())),
+    }
 }
 
 /// Readers of all ranges, made known at once, so that none is fetched later than it could be.

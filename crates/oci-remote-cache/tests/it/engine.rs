@@ -285,6 +285,26 @@ async fn one_connection_is_enough_for_parts_of_what_is_not_kept() {
     cache.check_invariants().await;
 }
 
+/// Each reader of what is not kept asks the upstream itself, and what that says right behind a good answer is told as it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_of_what_is_not_kept_is_told_before_any_headers() {
+    for (status, told) in [(503, 503), (404, 404), (403, 403), (429, 429)] {
+        let registry = Registry::start().await;
+        let cache = cache()
+            .upstream(Upstream::new("up", registry.url()))
+            .cache_line("max_blob = \"1MiB\"")
+            .start()
+            .await;
+        let blob = offered(&registry, 2, "not kept");
+        assert_right(&whole(&blob).send(cache.port()).await);
+        let refusal = faults::error(status, "DENIED", &[("Retry-After", "30")]);
+        registry.script(Matcher::blobs().of(blob.digest), refusal);
+        let answer = whole(&blob).send(cache.port()).await;
+        assert_eq!(answer.status, told, "{answer}");
+        cache.check_invariants().await;
+    }
+}
+
 /// An answer that does not tell its length.
 fn without_a_length(blob: &Content) -> Handler {
     let headers = [("Content-Type", "application/octet-stream")];
