@@ -33,6 +33,8 @@ enum Ranges {
     Refused(u16),
     /// Each answer, and the plain one too, has another validator.
     OtherEachTime,
+    /// The first three are given, and then none any more.
+    GivenUp(u16),
 }
 
 const UNFIT: [Ranges; 8] = [
@@ -61,6 +63,10 @@ fn unfit(blob: &Content, ranges: Ranges) -> Handler {
             Ranges::Refused(status) if asked => {
                 faults::error(status, "DENIED", &[("Retry-After", "60")])
             }
+            Ranges::GivenUp(status) if asked && answers.fetch_add(1, Ordering::Relaxed) >= 3 => {
+                faults::error(status, "DENIED", &[("Retry-After", "60")])
+            }
+            Ranges::GivenUp(_) => faults::serve(&blob, options),
             Ranges::Ignored | Ranges::Refused(_) => faults::serve(&blob, options.without_ranges()),
         };
         async move { handler.call(exchange).await }
@@ -110,6 +116,26 @@ async fn who_gives_no_ranges_gives_the_blob_once() {
         let sent = registry.sent(Kind::Blob);
         let most = blob.size() + blob.size() / 50 + IN_A_SOCKET;
         assert!(sent <= most, "{kind:?}: {sent} bytes");
+    }
+    cache.check_invariants().await;
+}
+
+/// An upstream that begins to refuse ranges when several connections share the blob has no other way left than the first one.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_gives_no_ranges_any_more_still_gives_the_blob() {
+    let kinds = [403, 404, 416, 429, 503].map(Ranges::GivenUp);
+    let (cache, registries) = stage(&kinds).await;
+    let mut pulls = JoinSet::new();
+    for (index, (_, blob)) in registries.iter().enumerate() {
+        let (request, port) = (whole(index, blob), cache.port());
+        pulls.spawn(async move { (index, request.send(port).await) });
+    }
+    for (index, response) in pulls.join_all().await {
+        assert_right(&response, &kinds[index]);
+        let registry = &registries[index].0;
+        let asked = registry.count((Kind::Blob, "GET"));
+        assert!(asked <= 16, "{:?}: asked {asked} times", kinds[index]);
+        assert!(registry.sent(Kind::Blob) <= 2 * SIZE as u64);
     }
     cache.check_invariants().await;
 }

@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use oci::Slice;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
@@ -53,6 +54,8 @@ pub(super) struct Range {
     /// Next byte to arrive: what is before it may still wait to be written.
     received: AtomicU64,
     end: AtomicU64,
+    /// Where it would stop by itself.
+    extent: u64,
     /// Where it will stop once those who are to take over from it have been answered.
     planned_end: AtomicU64,
     measured: Mutex<Measured>,
@@ -162,6 +165,7 @@ impl Fetch {
             position: position.into(),
             received: position.into(),
             end: end.into(),
+            extent: end,
             planned_end: end.into(),
             measured,
         });
@@ -195,10 +199,16 @@ impl Fetch {
         }
     }
 
-    /// Nobody takes anything over from it after all.
-    pub(super) fn keep_all(&self) {
-        let end = self.range.end.load(Ordering::Relaxed);
-        self.range.planned_end.store(end, Ordering::Relaxed);
+    /// Nobody else takes anything over from it. Where it goes to the end of a blob of `size` bytes by itself, it is let go there again: the
+    /// rest may be had in no other way. What has arrived of that meanwhile comes twice.
+    pub(super) fn keep_on(&self, size: Option<u64>) {
+        let range = &self.range;
+        if size == Some(range.extent) {
+            range.end.store(range.extent, Ordering::Relaxed);
+        }
+        range
+            .planned_end
+            .store(range.end.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 
     /// Notes the rate since the last look.
@@ -244,8 +254,8 @@ impl Worker {
                 Ok(batch) => batch,
                 Err(error) => return self.refused(error).await,
             };
-            if let Some(TakeOver { from, at }) = self.take_over.take() {
-                from.end.fetch_min(at, Ordering::Relaxed);
+            if !self.is_still_needed() {
+                return self.complete();
             }
             if batch.is_empty() {
                 return self
@@ -258,6 +268,24 @@ impl Worker {
                 return Ended::Disk(error);
             }
         }
+    }
+
+    /// Once an extra connection is answered: takes over, unless what it was to bring has come meanwhile, most of it.
+    fn is_still_needed(&mut self) -> bool {
+        let Some(TakeOver { from, at }) = self.take_over.take() else {
+            return true;
+        };
+        let end = self.range.end.load(Ordering::Relaxed);
+        let gaps = self.shared.spool.gaps(Slice { start: at, end });
+        let missing: u64 = gaps.into_iter().map(Slice::len).sum();
+        let needed = missing > (end - at) / 2;
+        if needed {
+            from.end.fetch_min(at, Ordering::Relaxed);
+        } else {
+            from.planned_end
+                .store(from.end.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        needed
     }
 
     async fn refused(&self, error: UpstreamError) -> Ended {

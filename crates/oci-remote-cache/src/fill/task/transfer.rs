@@ -26,7 +26,7 @@ use crate::verdict::Why;
 const ABANDONED: Duration = Duration::from_secs(30);
 
 /// How long an upstream is left alone that had no time for an extra connection; twice that after the next, and so on.
-const REST: Duration = Duration::from_secs(2);
+const REST: Duration = Duration::from_millis(500);
 
 /// A transfer under way.
 pub(super) struct Transfer {
@@ -392,8 +392,13 @@ impl Transfer {
     }
 
     fn with_fewer(&mut self) {
+        // One that is turned away may be one too many; who turns away the next one as well may have nothing but the first to give.
+        let all = match self.extras {
+            Extras::Resting { times, .. } => times > 0,
+            Extras::Welcome | Extras::Unwelcome => true,
+        };
         for fetch in &self.fetches {
-            fetch.keep_all();
+            fetch.keep_on(self.size.filter(|_| all));
         }
         self.pace.shrink(self.fetches.len());
     }
@@ -509,7 +514,7 @@ impl Extras {
             Self::Resting { times, .. } => times + 1,
             Self::Welcome | Self::Unwelcome => 0,
         };
-        let until = now + REST * 2_u32.saturating_pow(times.min(6));
+        let until = now + REST * 2_u32.saturating_pow(times.min(8));
         Self::Resting { until, times }
     }
 }
