@@ -160,7 +160,8 @@ impl App {
         self.clients.local_addr()
     }
 
-    /// Serves until SIGTERM or SIGINT (or the terminal is closed that it was started from), then lets transfers under way end for up to `DRAIN`; a second signal ends at once.
+    /// Serves until SIGTERM or SIGINT (or until the terminal is closed that it was started from), then lets transfers under way end for up to
+    /// `DRAIN`; a second signal ends at once.
     pub async fn run(self) -> Result<(), StartError> {
         let mut signals = Signals::new()?;
         let tasks = self.tasks.clone();

@@ -24,6 +24,8 @@ const MAX_LINKS: usize = 40;
 
 /// Write permission for group or others.
 const OTHERS_WRITE: u32 = 0o022;
+
+/// The same for everybody.
 const ANYONE_WRITES: u32 = 0o002;
 
 /// Only owners may rename or remove what is in the folder.

@@ -49,8 +49,6 @@ pub struct BlobStream {
     ask: BlobAsk,
     position: u64,
     end: Option<u64>,
-    /// Where it would have ended by itself.
-    extent: Option<u64>,
     total: Option<u64>,
     validator: Option<String>,
     ranges: Ranges,
@@ -119,7 +117,6 @@ impl BlobAsk {
             (Some(end), Some(total)) => Some(end.min(total)),
             (end, total) => end.or(total),
         };
-        stream.extent = stream.end;
         Ok(stream)
     }
 
@@ -149,7 +146,6 @@ impl BlobAsk {
     pub fn later(self, slice: Slice, total: u64, validator: Option<String>) -> BlobStream {
         BlobStream {
             end: Some(slice.end),
-            extent: Some(slice.end),
             total: Some(total),
             validator,
             ..self.stream(slice.start)
@@ -160,7 +156,6 @@ impl BlobAsk {
         BlobStream {
             position,
             end: None,
-            extent: None,
             total: None,
             validator: None,
             ranges: Ranges::Asked,
@@ -220,9 +215,9 @@ impl BlobStream {
         self.validator.as_deref()
     }
 
-    /// Ends the stream at `end`, if it would have gone further. It may be told to go on again, as long as it has not come there.
+    /// Ends the stream before `end`, if it would have gone further.
     pub fn stop_at(&mut self, end: u64) {
-        self.end = Some(self.extent.map_or(end, |extent| extent.min(end)));
+        self.end = Some(self.end.map_or(end, |before| before.min(end)));
     }
 
     /// The next bytes; `None` at the end. Waits through as many reopenings as it takes, until `TRIES` in a row brought nothing.

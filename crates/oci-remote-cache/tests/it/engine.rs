@@ -285,16 +285,22 @@ async fn one_connection_is_enough_for_parts_of_what_is_not_kept() {
     cache.check_invariants().await;
 }
 
+/// A cache that keeps no blob of more than 1 MiB.
+async fn keeping_little() -> (Registry, CacheProcess) {
+    let registry = Registry::start().await;
+    let cache = cache()
+        .upstream(Upstream::new("up", registry.url()))
+        .cache_line("max_blob = \"1MiB\"")
+        .start()
+        .await;
+    (registry, cache)
+}
+
 /// Each reader of what is not kept asks the upstream itself, and what that says right behind a good answer is told as it is.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_refusal_of_what_is_not_kept_is_told_before_any_headers() {
     for (status, told) in [(503, 503), (404, 404), (403, 403), (429, 429)] {
-        let registry = Registry::start().await;
-        let cache = cache()
-            .upstream(Upstream::new("up", registry.url()))
-            .cache_line("max_blob = \"1MiB\"")
-            .start()
-            .await;
+        let (registry, cache) = keeping_little().await;
         let blob = offered(&registry, 2, "not kept");
         assert_right(&whole(&blob).send(cache.port()).await);
         let refusal = faults::error(status, "DENIED", &[("Retry-After", "30")]);
@@ -314,12 +320,7 @@ fn without_a_length(blob: &Content) -> Handler {
 /// A blob whose size nobody told turns out too large to be kept: who reads it gets the rest all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_blob_that_turns_out_too_large_midway_is_passed_on() {
-    let registry = Registry::start().await;
-    let cache = cache()
-        .upstream(Upstream::new("up", registry.url()))
-        .cache_line("max_blob = \"1MiB\"")
-        .start()
-        .await;
+    let (registry, cache) = keeping_little().await;
     let blob = offered(&registry, 20, "no length");
     registry.script((Kind::Blob, "GET"), without_a_length(&blob));
     for response in whole(&blob).storm(cache.port(), 3).await {
@@ -574,6 +575,33 @@ async fn fetched_for(registry: &Registry, cache: &CacheProcess, blob: &Content) 
     assert_holds(cache, [blob]).await;
     cache.check_invariants().await;
     registry.sent((Kind::Blob, "GET"))
+}
+
+/// The blob for a plain GET, and this status for a range.
+fn only_whole(blob: &Content, status: u16) -> Handler {
+    let usual = faults::serve(blob, ServeOptions::new());
+    let refused = faults::error(status, "UNSUPPORTED", &[]);
+    Handler::new(move |exchange| match exchange.header("range") {
+        Some(_) => refused.call(exchange),
+        None => usual.call(exchange),
+    })
+}
+
+/// An upstream that refuses ranges, in whatever words, still gives what pieces were kept of.
+#[tokio::test(flavor = "multi_thread")]
+async fn kept_pieces_ask_for_no_more_than_the_upstream_knows() {
+    for status in [400, 403, 416, 501] {
+        let (registry, cache, blob, client) = two_thirds_in().await;
+        cache.kill9().await;
+        client.abort();
+        cache.restart().await;
+        assert_eq!(parked(&cache).len(), 1, "the pieces are kept");
+        registry.clear_scripts();
+        registry.script((Kind::Blob, "GET"), only_whole(&blob, status));
+        assert_right(&whole(&blob).send(cache.port()).await);
+        assert_holds(&cache, [&blob]).await;
+        cache.check_invariants().await;
+    }
 }
 
 /// F25: pieces survive a kill, and a second one; only those whose bytes are right are used.

@@ -1,9 +1,10 @@
 //! A large blob over several connections, where the upstream wants no more than one: it comes as it would come by itself.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use oci::{RangeHeader, Resolved, Slice};
 use testbed::cache::blob_path;
 use testbed::{
     CacheProcess, Content, Exchange, Handler, Kind, Registry, Request, Response, ServeOptions,
@@ -33,8 +34,6 @@ enum Ranges {
     Refused(u16),
     /// Each answer, and the plain one too, has another validator.
     OtherEachTime,
-    /// The first three are given, and then none any more.
-    GivenUp(u16),
 }
 
 const UNFIT: [Ranges; 8] = [
@@ -63,10 +62,6 @@ fn unfit(blob: &Content, ranges: Ranges) -> Handler {
             Ranges::Refused(status) if asked => {
                 faults::error(status, "DENIED", &[("Retry-After", "60")])
             }
-            Ranges::GivenUp(status) if asked && answers.fetch_add(1, Ordering::Relaxed) >= 3 => {
-                faults::error(status, "DENIED", &[("Retry-After", "60")])
-            }
-            Ranges::GivenUp(_) => faults::serve(&blob, options),
             Ranges::Ignored | Ranges::Refused(_) => faults::serve(&blob, options.without_ranges()),
         };
         async move { handler.call(exchange).await }
@@ -120,24 +115,51 @@ async fn who_gives_no_ranges_gives_the_blob_once() {
     cache.check_invariants().await;
 }
 
-/// An upstream that begins to refuse ranges when several connections share the blob has no other way left than the first one.
+/// The fifth answer breaks off after 1 MiB, and the first question for its rest is refused.
+fn with_a_hole(blob: &Content, status: u16) -> Handler {
+    let (blob, next) = (blob.clone(), AtomicUsize::new(0));
+    let hole = Mutex::new(None);
+    Handler::new(move |exchange: Exchange| {
+        let slow = ServeOptions::new().rate(RATE / 2);
+        let range = exchange.header("range").and_then(RangeHeader::parse);
+        let asked = match range.map(|range| range.resolve(blob.size())) {
+            Some(Resolved::Single(asked)) => asked,
+            _ => Slice { start: 0, end: 0 },
+        };
+        let mut hole = hole.lock().unwrap_or_else(PoisonError::into_inner);
+        let in_hole = |hole: &mut Slice| asked.end == hole.end && asked.start > hole.start;
+        if next.fetch_add(1, Ordering::SeqCst) == 4 {
+            *hole = Some(asked);
+            return faults::serve(&blob, slow.reset_at(asked.start + MIB)).call(exchange);
+        }
+        match hole.take_if(in_hole) {
+            Some(_refused_once) => faults::error(status, "UNKNOWN", &[]).call(exchange),
+            None => faults::serve(&blob, slow).call(exchange),
+        }
+    })
+}
+
+/// One connection of several breaks off, and the first question for its rest is refused: a hole, and no more than that.
 #[tokio::test(flavor = "multi_thread")]
-async fn who_gives_no_ranges_any_more_still_gives_the_blob() {
-    let kinds = [403, 404, 416, 429, 503].map(Ranges::GivenUp);
-    let (cache, registries) = stage(&kinds).await;
-    let mut pulls = JoinSet::new();
-    for (index, (_, blob)) in registries.iter().enumerate() {
-        let (request, port) = (whole(index, blob), cache.port());
-        pulls.spawn(async move { (index, request.send(port).await) });
+async fn a_hole_that_is_refused_once_costs_one_request() {
+    for status in [404, 416] {
+        let registry = Registry::start().await;
+        let cache = cache().upstream(Upstream::new("up0", registry.url()));
+        let cache = cache.start().await;
+        let blob = Content::blob(2 * SIZE, "with a hole");
+        registry.put_blob(REPO, &blob);
+        registry.script((Kind::Blob, "GET"), with_a_hole(&blob, status));
+        let response = whole(0, &blob).send(cache.port()).await;
+        assert_right(&response, &status);
+        let gets = registry.entries((Kind::Blob, "GET"));
+        let refused = gets.iter().filter(|entry| entry.status == status).count();
+        assert_eq!(refused, 1, "nothing was refused");
+        assert!(gets.len() <= 30, "{status}: asked {} times", gets.len());
+        let sent = registry.sent(Kind::Blob);
+        let most = blob.size() + blob.size() / 50 + IN_A_SOCKET;
+        assert!(sent <= most, "{status}: {sent} bytes");
+        cache.check_invariants().await;
     }
-    for (index, response) in pulls.join_all().await {
-        assert_right(&response, &kinds[index]);
-        let registry = &registries[index].0;
-        let asked = registry.count((Kind::Blob, "GET"));
-        assert!(asked <= 16, "{:?}: asked {asked} times", kinds[index]);
-        assert!(registry.sent(Kind::Blob) <= 2 * SIZE as u64);
-    }
-    cache.check_invariants().await;
 }
 
 /// A range far ahead is fetched next; where the upstream refuses it, it comes with the rest, and nobody is cut off.

@@ -102,6 +102,36 @@ async fn a_manifest_tells_the_length_of_what_comes_in_chunks() {
     }
 }
 
+/// A range is answered without the size of the whole, or with the whole in chunks: an end is found all the same, also by who comes later.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_range_that_tells_no_size_leads_to_an_end() {
+    for in_chunks in [false, true] {
+        let (registry, cache) = up().await;
+        let blob = Content::blob(40 * MIB, "of untold size");
+        registry.put_blob(REPO, &blob);
+        let manifest = claiming(&blob, blob.size());
+        registry.put_manifest(REPO, Some("v1"), &manifest);
+        assert_eq!(cache.manifest("up", REPO, "v1").await.status, 200);
+        let (first, last) = (24 * MIB, 24 * MIB + 99_999);
+        let untold = format!("bytes {first}-{last}/*");
+        let part = blob.data.slice(first..=last);
+        let answer = if in_chunks {
+            faults::chunked(&blob)
+        } else {
+            faults::status(206, &[("Content-Range", &untold)], part.clone())
+        };
+        let gets = Matcher::blobs().method("GET").of(blob.digest);
+        registry.script(gets.once(), answer);
+        let path = blob_path("up", REPO, blob.digest);
+        let asked = Request::get(&path).range(&format!("{first}-{last}"));
+        let answer = cache.send(asked).await;
+        assert_eq!((answer.status, &answer.body), (206, &part), "{in_chunks}");
+        let whole = cache.blob("up", REPO, blob.digest).await;
+        assert_good(&whole, &blob);
+        cache.check_invariants().await;
+    }
+}
+
 /// Anyone can push a manifest that lies about a layer: a HEAD without a length is not filled in from there.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_head_tells_the_true_size_or_none() {

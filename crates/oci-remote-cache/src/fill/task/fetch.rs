@@ -37,6 +37,8 @@ pub(super) enum Ended {
     Refused(UpstreamError),
     /// The upstream did not answer an extra connection as it should, so nothing was taken over.
     Unwelcome(UpstreamError),
+    /// It answered an extra connection when most of what that was to bring had come.
+    TooLate,
     /// The disk took no more.
     Disk(std::io::Error),
 }
@@ -54,8 +56,6 @@ pub(super) struct Range {
     /// Next byte to arrive: what is before it may still wait to be written.
     received: AtomicU64,
     end: AtomicU64,
-    /// Where it would stop by itself.
-    extent: u64,
     /// Where it will stop once those who are to take over from it have been answered.
     planned_end: AtomicU64,
     measured: Mutex<Measured>,
@@ -165,7 +165,6 @@ impl Fetch {
             position: position.into(),
             received: position.into(),
             end: end.into(),
-            extent: end,
             planned_end: end.into(),
             measured,
         });
@@ -199,16 +198,10 @@ impl Fetch {
         }
     }
 
-    /// Nobody else takes anything over from it. Where it goes to the end of a blob of `size` bytes by itself, it is let go there again: the
-    /// rest may be had in no other way. What has arrived of that meanwhile comes twice.
-    pub(super) fn keep_on(&self, size: Option<u64>) {
-        let range = &self.range;
-        if size == Some(range.extent) {
-            range.end.store(range.extent, Ordering::Relaxed);
-        }
-        range
-            .planned_end
-            .store(range.end.load(Ordering::Relaxed), Ordering::Relaxed);
+    /// Nobody takes over from it who has not done so.
+    pub(super) fn keep_all(&self) {
+        let end = self.range.end.load(Ordering::Relaxed);
+        self.range.planned_end.store(end, Ordering::Relaxed);
     }
 
     /// Notes the rate since the last look.
@@ -255,7 +248,7 @@ impl Worker {
                 Err(error) => return self.refused(error).await,
             };
             if !self.is_still_needed() {
-                return self.complete();
+                return Ended::TooLate;
             }
             if batch.is_empty() {
                 return self
@@ -278,12 +271,9 @@ impl Worker {
         let end = self.range.end.load(Ordering::Relaxed);
         let gaps = self.shared.spool.gaps(Slice { start: at, end });
         let missing: u64 = gaps.into_iter().map(Slice::len).sum();
-        let needed = missing > (end - at) / 2;
+        let needed = missing > end.saturating_sub(at) / 2;
         if needed {
             from.end.fetch_min(at, Ordering::Relaxed);
-        } else {
-            from.planned_end
-                .store(from.end.load(Ordering::Relaxed), Ordering::Relaxed);
         }
         needed
     }

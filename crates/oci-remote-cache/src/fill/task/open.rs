@@ -70,19 +70,31 @@ pub(super) async fn open(
     Ok(Opened::Transfer(Box::new(transfer)))
 }
 
-/// The upstream's answer. Where it says that the range lies outside of the blob, who told the size was wrong: anyone can push a manifest
-/// that lies about a layer. Asked for everything the upstream tells the size itself.
+/// The upstream's answer. A range may lie outside of the blob, since anyone can push a manifest that lies about a layer; and some upstreams
+/// know no ranges, or do not tell the size with them, without which no range leads to an end. Asked for everything they say it, or end.
 async fn ask(
     fill: &Fill,
     range: Option<Slice>,
     deadline: Deadline,
 ) -> Result<BlobStream, UpstreamError> {
     match fill.ask.clone().open(range, deadline).await {
-        Err(error) if range.is_some() && matches!(error.fault(), Fault::RangeRefused) => {
+        Err(error) if range.is_some() && may_be_of_the_range(error.fault()) => {
+            fill.ask.clone().open(None, deadline).await
+        }
+        Ok(stream) if range.is_some() && stream.total().is_none() => {
+            drop(stream);
             fill.ask.clone().open(None, deadline).await
         }
         answered => answered,
     }
+}
+
+/// Whether the same question without a range may be answered.
+fn may_be_of_the_range(fault: &Fault) -> bool {
+    matches!(
+        fault,
+        Fault::RangeRefused | Fault::Denied { .. } | Fault::Status(_)
+    )
 }
 
 /// The pieces kept from an earlier transfer. That there was one says nothing about what is wanted now: a lazy client that comes again

@@ -360,7 +360,14 @@ impl Transfer {
             }
             Ended::Refused(error) => self.refused(error),
             Ended::Unwelcome(error) => {
-                self.unwelcome(&error);
+                tracing::info!(%error, "an extra connection is not welcome; going on without");
+                self.extras = self.extras.after(Some(error.fault()), Instant::now());
+                self.with_fewer();
+                Flow::On
+            }
+            Ended::TooLate => {
+                self.extras = self.extras.after(None, Instant::now());
+                self.with_fewer();
                 Flow::On
             }
             Ended::Disk(error) => self.broke(&error).await,
@@ -384,21 +391,10 @@ impl Transfer {
         Flow::On
     }
 
-    /// A connection beside the others was not answered as it should be. What it was to bring comes by them, or when they have ended.
-    fn unwelcome(&mut self, error: &UpstreamError) {
-        tracing::info!(%error, "an extra connection is not welcome; going on without");
-        self.extras = self.extras.after(error.fault(), Instant::now());
-        self.with_fewer();
-    }
-
+    /// What a connection beside the others was to bring comes by them, or when they have ended.
     fn with_fewer(&mut self) {
-        // One that is turned away may be one too many; who turns away the next one as well may have nothing but the first to give.
-        let all = match self.extras {
-            Extras::Resting { times, .. } => times > 0,
-            Extras::Welcome | Extras::Unwelcome => true,
-        };
         for fetch in &self.fetches {
-            fetch.keep_on(self.size.filter(|_| all));
+            fetch.keep_all();
         }
         self.pace.shrink(self.fetches.len());
     }
@@ -505,9 +501,10 @@ impl Extras {
         }
     }
 
-    /// After one was turned away. Who has no time now may have some later, at longer and longer intervals.
-    fn after(self, fault: &Fault, now: Instant) -> Self {
-        if !fault.is_outage() || matches!(fault, Fault::Broken(_)) {
+    /// After one was turned away, or came too late. Who has no time now may have some later, at longer and longer intervals.
+    fn after(self, fault: Option<&Fault>, now: Instant) -> Self {
+        let passing = |fault: &Fault| fault.is_outage() && !matches!(fault, Fault::Broken(_));
+        if !fault.is_none_or(passing) {
             return Self::Unwelcome;
         }
         let times = match self {
