@@ -51,6 +51,9 @@ The folder of the cache where neither \-\-cache\-dir nor the key cache_dir names
 .TP
 .B SIGTERM, SIGINT
 No new connections; answers under way may end, for up to 25 seconds; then it ends with status 0. A second one ends it at once.
+.TP
+.B SIGHUP
+The same where it comes of a terminal that was closed; elsewhere a line in the log and nothing else.
 "#;
 
 /// The completion script for `shell`.
