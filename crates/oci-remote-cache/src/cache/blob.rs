@@ -19,7 +19,7 @@ pub use crate::fill::{Wish, WishRange};
 use crate::policy::{Grant, May};
 pub use crate::store::Blob;
 use crate::store::catalog::Kind;
-use crate::upstream::resume::BlobAsk;
+use crate::upstream::resume::{BlobAsk, Mixing};
 use crate::upstream::{Fault, Resource};
 use crate::verdict::{Verdict, Why};
 
@@ -339,6 +339,7 @@ impl Cache {
             repository: source.repository.clone(),
             digest: digest.clone(),
             place: 0,
+            mixing: Mixing::Allowed,
             identity: visit.identity.clone(),
         };
         match ask.open(None, deadline).await {

@@ -60,7 +60,7 @@ use crate::names::{Source, UpstreamId};
 use crate::store::Store;
 use crate::store::error::StoreError;
 use crate::tasks::Tasks;
-use crate::upstream::{Ask, Method, Resource, Upstream};
+use crate::upstream::{Ask, Method, Resource, Stakes, Upstream};
 
 /// Manifest bytes kept in memory: 64 MiB.
 const MANIFEST_MEMORY: u64 = 64 << 20;
@@ -204,6 +204,7 @@ fn ask(visit: &Visit, resource: Resource, method: Method) -> Ask {
         mirror: 0,
         mirrors: visit.mirrors,
         identity: visit.identity.clone(),
+        stakes: Stakes::Needed,
     }
 }
 

@@ -183,6 +183,7 @@ impl Fills {
             credential: None,
             place: 0,
         });
+        let (place, mixing) = self.first_place(key);
         Fill {
             key: key.clone(),
             source: wanted.source.clone(),
@@ -190,12 +191,14 @@ impl Fills {
                 upstream: Arc::clone(&wanted.upstream),
                 repository: wanted.source.repository.clone(),
                 digest: wanted.digest.into(),
-                place: self.first_place(key, wanted.upstream.places()),
+                place,
+                mixing,
                 identity: wanted.identity.clone(),
             },
             told: wanted.told,
             progress,
             readers: Readers::default().into(),
+            givers: 0.into(),
             wake: tokio::sync::Notify::new(),
         }
     }

@@ -34,9 +34,9 @@ use crate::store::Store;
 use crate::store::pieces::{PIECE, PieceMap};
 use crate::store::spool::Spool;
 use crate::tasks::Tasks;
-use crate::upstream::resume::BlobAsk;
+use crate::upstream::resume::{BlobAsk, Mixing};
 
-/// How long a mirror that sent wrong bytes of a blob is not asked for it first.
+/// How long what is known of wrong bytes of a blob decides where it is asked for.
 const AVOIDED_FOR: Duration = Duration::from_mins(10);
 
 /// Such memories kept at most.
@@ -79,10 +79,10 @@ struct Places {
     per_blob: usize,
 }
 
-/// A place that sent wrong bytes, and until when it is not asked first.
+/// Wrong bytes came of a blob: where it is asked for first next time, and until when all must come from one place.
 #[derive(Clone, Copy, Debug)]
 struct Avoided {
-    place: usize,
+    first: usize,
     until: Instant,
 }
 
@@ -95,6 +95,8 @@ pub struct Fill {
     told: Option<Told>,
     progress: watch::Sender<Progress>,
     readers: Mutex<Readers>,
+    /// The places that bytes came from: bit 0 for the upstream's URL, others for its mirrors.
+    givers: AtomicU64,
     wake: Notify,
 }
 
@@ -236,26 +238,26 @@ impl Fills {
             .map_or(1, |places| places.per_blob)
     }
 
-    /// Which of an upstream's places to ask first: not the one that sent wrong bytes a while ago.
-    fn first_place(&self, key: &Key, places: usize) -> usize {
-        let bad = self
-            .avoided
-            .get(key)
-            .filter(|avoided| avoided.until > Instant::now());
-        bad.map_or(0, |avoided| (avoided.place + 1) % places.max(1))
+    /// Which of an upstream's places to ask first, and whether others may go on with what it began.
+    fn first_place(&self, key: &Key) -> (usize, Mixing) {
+        let avoided = self.avoided.get(key);
+        let avoided = avoided.filter(|avoided| avoided.until > Instant::now());
+        avoided.map_or((0, Mixing::Allowed), |avoided| {
+            (avoided.first, Mixing::Refused)
+        })
     }
 
-    /// Remembers the place that sent wrong bytes. Where there is no other it is asked again.
+    /// Remembers that wrong bytes came. If from one place, another is asked next. If from several, nobody knows whose were wrong: all
+    /// come from the first of them next time.
     fn avoid(&self, fill: &Fill) {
-        if fill.ask.upstream.places() > 1 {
+        let places = fill.ask.upstream.places();
+        if places > 1 {
             let place = fill.progress().place;
-            self.avoided.insert(
-                fill.key.clone(),
-                Avoided {
-                    place,
-                    until: Instant::now() + AVOIDED_FOR,
-                },
-            );
+            let mixed = fill.givers.load(Ordering::Relaxed).count_ones() > 1;
+            let first = if mixed { place } else { (place + 1) % places };
+            let until = Instant::now() + AVOIDED_FOR;
+            self.avoided
+                .insert(fill.key.clone(), Avoided { first, until });
         }
     }
 }
@@ -276,6 +278,14 @@ impl Fill {
     /// How far it is now.
     pub fn progress(&self) -> Progress {
         self.progress.borrow().clone()
+    }
+
+    /// Notes that bytes came from a place.
+    fn note_giver(&self, place: usize) {
+        let bit = 1_u64 << place.min(63);
+        if self.givers.load(Ordering::Relaxed) & bit == 0 {
+            self.givers.fetch_or(bit, Ordering::Relaxed);
+        }
     }
 
     /// The same question, to the place that answered it.

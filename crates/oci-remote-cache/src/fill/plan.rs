@@ -55,6 +55,15 @@ pub enum Appetite {
     Asked,
 }
 
+/// Whether the upstream gives ranges of the blob.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ranges {
+    /// As far as is known.
+    Given,
+    /// It gives all of the blob or nothing.
+    NotGiven,
+}
+
 /// What the plan looks at.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
@@ -68,6 +77,8 @@ pub struct View<'a> {
     pub wants: &'a [Want],
     /// Whether all is wanted.
     pub appetite: Appetite,
+    /// Whether parts can be had.
+    pub ranges: Ranges,
     /// Connections that sharing the work may use now.
     pub share: usize,
     /// Connections this blob may ever use.
@@ -90,9 +101,22 @@ pub enum Step {
 
 /// The next thing to do; `None` when there is nothing to do until something changes.
 pub fn next(view: &View<'_>) -> Option<Step> {
+    if view.ranges == Ranges::NotGiven {
+        return from_the_beginning(view);
+    }
     urgent(view)
         .or_else(|| in_order(view))
         .or_else(|| straggler(view))
+}
+
+/// Whoever asks for all has all read to it: one connection brings whatever is missing, at the price of what is here already.
+fn from_the_beginning(view: &View<'_>) -> Option<Step> {
+    let wanted = view.active.is_empty() && !unassigned(view).is_empty();
+    let (first, last) = (view.gaps.first()?, view.gaps.last()?);
+    wanted.then_some(Step::Fetch(Slice {
+        start: first.start,
+        end: last.end,
+    }))
 }
 
 /// A reader waits for bytes that nobody will bring soon.
@@ -303,6 +327,7 @@ mod tests {
             active,
             wants,
             appetite: Appetite::Whole,
+            ranges: Ranges::Given,
             share: 1,
             most: 8,
         }

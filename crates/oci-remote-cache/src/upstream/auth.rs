@@ -19,7 +19,7 @@ use super::credentials::{self, Credentials};
 use super::error::{Failure, Fault, Refused};
 use super::exchange::{Call, Reply};
 use super::place::{Place, asker};
-use super::request::Ask;
+use super::request::{Ask, Stakes};
 use super::token::{Token, Wanted};
 use crate::deadline::Deadline;
 use crate::names::CredentialId;
@@ -321,24 +321,26 @@ impl<'a> Session<'a> {
     /// One exchange with the registry, told to its breakers and its gate.
     async fn exchange(&self, call: Call) -> Result<Reply, Failure> {
         let (place, asker) = (self.place, asker(self.ask));
+        let needed = self.ask.stakes == Stakes::Needed;
         let began = Instant::now();
         let reply = match place.wire.send(self.door, call, self.deadline).await {
             Ok(reply) => reply,
             Err(fault) => {
                 let silent = fault == Fault::Late && began.elapsed() >= SILENCE;
-                if silent || matches!(fault, Fault::Connect(_)) {
+                let silent = silent || matches!(fault, Fault::Connect(_));
+                if silent && needed {
                     place.breakers.silent(&asker, Instant::now());
                 }
                 return Err(fault.into());
             }
         };
-        if reply.status() >= 500 {
-            place.breakers.failed(&asker, Instant::now());
-        } else {
-            place.breakers.answered(&asker);
+        match reply.status() {
+            500.. if needed => place.breakers.failed(&asker, Instant::now()),
+            500.. => {}
+            _ => place.breakers.answered(&asker),
         }
         place.note_rate(&reply, &self.credential());
-        if reply.status() == 429 {
+        if reply.status() == 429 && needed {
             let retry_after = place.close(&reply, &self.credential());
             return Err(Fault::RateLimited { retry_after }.into());
         }

@@ -169,6 +169,29 @@ impl UpstreamError {
         self.place > 0 && matches!(self.fault, Fault::NotFound { .. })
     }
 
+    /// Whether the same question without a range may be answered: something was, or may have been, said to this one.
+    pub fn may_be_of_a_range(&self) -> bool {
+        match self.fault {
+            Fault::Broken(_)
+            | Fault::Status(_)
+            | Fault::RateLimited { .. }
+            | Fault::BreakerOpen { .. }
+            | Fault::Denied { .. }
+            | Fault::NotFound { .. }
+            | Fault::RangeRefused
+            | Fault::Expired
+            | Fault::TooLarge
+            | Fault::Encoded(_) => true,
+            Fault::Connect(_)
+            | Fault::Late
+            | Fault::Stalled
+            | Fault::BadRedirect(_)
+            | Fault::Forbidden(_)
+            | Fault::TokenFailed(_)
+            | Fault::Offline => false,
+        }
+    }
+
     /// The reason in the vocabulary of verdicts.
     pub fn why(&self) -> Why {
         self.fault.why()

@@ -55,7 +55,7 @@ mod tests {
     use tokio::time::Instant;
 
     use super::{FOR, Heads};
-    use crate::upstream::{Ask, Identity, Method, Mirrors, Resource};
+    use crate::upstream::{Ask, Identity, Method, Mirrors, Resource, Stakes};
 
     #[test]
     fn each_kind_is_remembered_for_a_while() {
@@ -68,6 +68,7 @@ mod tests {
             mirror: 0,
             mirrors: Mirrors::Welcome,
             identity: Identity::Configured,
+            stakes: Stakes::Needed,
         };
         let digest = format!("sha256:{}", "a".repeat(64));
         let blob = head(Resource::Blob(digest.parse().unwrap()));

@@ -19,6 +19,7 @@ mod inward;
 mod keyring;
 mod logins;
 mod meter;
+mod mirrors;
 mod offline;
 mod paging;
 mod place;
@@ -74,7 +75,7 @@ pub use self::logins::{LoginFile, Logins};
 pub use self::meter::Strain;
 pub use self::offline::{Offline, Switch};
 pub use self::proxy::{Proxy, ProxyError};
-pub use self::request::{Ask, Method, Mirrors, Resource};
+pub use self::request::{Ask, Method, Mirrors, Resource, Stakes};
 pub use self::trust::{judge_ca_file, system_roots};
 
 /// What an operator configured for one upstream.
@@ -214,6 +215,9 @@ impl Upstream {
                 (Fault::BreakerOpen { .. }, Some(met)) => return Err(fail(met)),
                 (fault, _) => Failure { fault, ..failure },
             };
+            if ask.stakes == Stakes::Haste {
+                return Err(fail(failure));
+            }
             match tries.after(&failure, deadline.remaining()) {
                 Decision::GiveUp => return Err(fail(failure)),
                 Decision::Again(pause) => tokio::time::sleep(pause).await,

@@ -80,7 +80,7 @@ fn path(url: &Url) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Identity, Method, Mirrors};
+    use super::super::{Identity, Method, Mirrors, Stakes};
     use super::*;
 
     const BASE: &str = "https://r.example/art/";
@@ -96,6 +96,7 @@ mod tests {
             mirror: 0,
             mirrors: Mirrors::Welcome,
             identity: Identity::Configured,
+            stakes: Stakes::Needed,
         }
     }
 

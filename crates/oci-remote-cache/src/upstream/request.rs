@@ -29,6 +29,19 @@ pub struct Ask {
     pub mirrors: Mirrors,
     /// In whose name.
     pub identity: Identity,
+    /// What hangs on the answer.
+    pub stakes: Stakes,
+}
+
+/// What hangs on an answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Stakes {
+    /// Somebody waits for it: it is tried again, and what it meets is remembered of the place.
+    #[default]
+    Needed,
+    /// Only time, for the same comes on another connection anyway. It is tried once; who refuses it may want no more connections, which
+    /// is no reason to keep other requests away.
+    Haste,
 }
 
 /// Whether a place's mirrors may answer in its stead.
@@ -224,7 +237,7 @@ mod tests {
     use oci::{Page, Slice};
     use url::Url;
 
-    use super::{Ask, Identity, Method, Mirrors, Resource};
+    use super::{Ask, Identity, Method, Mirrors, Resource, Stakes};
 
     const DIGEST: &str = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
@@ -238,6 +251,7 @@ mod tests {
             mirror: 0,
             mirrors: Mirrors::Welcome,
             identity: Identity::Configured,
+            stakes: Stakes::Needed,
         }
     }
 

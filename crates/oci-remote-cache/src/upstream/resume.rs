@@ -2,8 +2,8 @@
 //!
 //! A body that resets, ends short, stalls or whose signed URL died is asked for again from where it stopped, as a closed range (several
 //! registries answer open-ended ones with 416 or with everything). What comes back must fit: offset, total and validator. Where the
-//! answers to ranges never do, all of it is asked for and skipped up to the break. Tries count only while no byte comes; configured
-//! mirrors take turns.
+//! answers to ranges never do, or none come, all of it is asked for at last and skipped up to the break. Tries count only while no byte
+//! comes; configured mirrors take turns.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use oci::{AnyDigest, RepositoryName, Slice};
 use tokio::time::{Instant, sleep_until};
 
 use super::{
-    Answer, Ask, Body, Fault, Identity, Method, Mirrors, Resource, Upstream, UpstreamError,
+    Answer, Ask, Body, Fault, Identity, Method, Mirrors, Resource, Stakes, Upstream, UpstreamError,
 };
 use crate::deadline::Deadline;
 use crate::names::CredentialId;
@@ -22,8 +22,23 @@ use crate::names::CredentialId;
 /// Tries in a row that may bring no byte.
 const TRIES: u32 = 5;
 
-/// How often a short answer is asked for when it does not come whole.
-const WHOLE_TRIES: u32 = 3;
+/// Tries in a row from the beginning, after those for the rest: as many, at least, and one for each mirror.
+const LAST_TRIES: u32 = 2;
+
+/// Tries in a row that may bring no byte where the upstream names times to come back, each longer than [`LONG`].
+const TOLD_TRIES: u32 = 2;
+
+/// A wait that clients notice.
+const LONG: Duration = Duration::from_secs(5);
+
+/// Answers that bring less than this hardly help: 16 KiB.
+const SLIGHT: u64 = 16 << 10;
+
+/// Such answers in a row that are put up with.
+const SLIGHT_TRIES: u32 = 20;
+
+/// No longer than this many tries' pause lies between such answers.
+const SLIGHT_PAUSE: u32 = 5;
 
 /// Longest wait between two tries.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -39,8 +54,20 @@ pub struct BlobAsk {
     pub digest: AnyDigest,
     /// Where to ask first: 0 is the upstream's URL, others are its mirrors.
     pub place: usize,
+    /// Whether what breaks off at one place may go on at another.
+    pub mixing: Mixing,
     /// Whose rights are used.
     pub identity: Identity,
+}
+
+/// Whether a blob's bytes may come from several places.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mixing {
+    /// They may: every place has the same.
+    #[default]
+    Allowed,
+    /// All from the one that answers first, for what came was wrong before.
+    Refused,
 }
 
 /// The bytes of a blob, or of a range of it, in order.
@@ -56,7 +83,14 @@ pub struct BlobStream {
     credential: CredentialId,
     body: Option<Body>,
     skip: u64,
+    /// Failures in a row since the last byte, and how many of those are too many.
     failures: u32,
+    tries: u32,
+    /// The same since an answer that brought more than [`SLIGHT`], and what this one has brought.
+    slight: u32,
+    came: u64,
+    /// It broke off at this place before; the first time may be an accident.
+    broke_here: bool,
     trouble: Option<UpstreamError>,
     not_before: Option<Instant>,
 }
@@ -66,8 +100,10 @@ pub struct BlobStream {
 enum Role {
     /// Nobody else brings these bytes: everything is tried.
     Sole,
-    /// It only saves time. Until its first answer fits, any failure is the last.
-    Extra { answered: bool },
+    /// One of several that share a blob. It tries as often for its range; to begin at the beginning instead is not its decision.
+    Part,
+    /// It only saves time. Until its first answer fits, any failure is the last; then it is a part.
+    OnTrial,
 }
 
 /// Whether the rest is asked for as a range.
@@ -81,6 +117,10 @@ enum Ranges {
 
 impl BlobAsk {
     fn ask(&self, range: Option<Slice>, mirror: usize) -> Ask {
+        self.ask_for(range, mirror, Stakes::Needed)
+    }
+
+    fn ask_for(&self, range: Option<Slice>, mirror: usize, stakes: Stakes) -> Ask {
         Ask {
             repository: self.repository.clone(),
             resource: Resource::Blob(self.digest.clone()),
@@ -90,6 +130,7 @@ impl BlobAsk {
             mirror,
             mirrors: Mirrors::Welcome,
             identity: self.identity.clone(),
+            stakes,
         }
     }
 
@@ -103,16 +144,17 @@ impl BlobAsk {
         let (answer, place) = self.first_answer(range, deadline).await?;
         self.place = place;
         let mut stream = self.stream(range.map_or(0, |range| range.start));
-        if let Err(error) = stream.accept(answer) {
+        if let Err(error) = stream.accept(answer, range) {
             if range.is_none() {
                 return Err(error);
             }
             tracing::info!(%error, "a range was answered badly; asking for everything");
             let (answer, place) = stream.ask.first_answer(None, deadline).await?;
             (stream.ask.place, stream.ranges) = (place, Ranges::LeftOut);
-            stream.accept(answer)?;
+            stream.accept(answer, None)?;
         }
-        let end = range.map(|range| range.end);
+        let end = range.filter(|_| !stream.comes_whole());
+        let end = end.map(|range| range.end);
         stream.end = match (end, stream.total) {
             (Some(end), Some(total)) => Some(end.min(total)),
             (end, total) => end.or(total),
@@ -164,6 +206,10 @@ impl BlobAsk {
             body: None,
             skip: 0,
             failures: 0,
+            tries: TRIES,
+            slight: 0,
+            came: 0,
+            broke_here: false,
             trouble: None,
             not_before: None,
             ask: self,
@@ -192,17 +238,37 @@ impl BlobStream {
         &self.credential
     }
 
-    /// The same, beside another stream that can bring these bytes as well. It gives up where it is not answered at once with just its
-    /// range: to ask again and again, or to read all that comes before, would cost the upstream more than it saves anyone.
+    /// The same as one of several streams that share the blob: it gives up where only all of the blob can be had.
     #[must_use]
-    pub fn extra(self) -> Self {
-        let role = Role::Extra { answered: false };
+    pub fn part(self) -> Self {
+        let role = Role::Part;
         Self { role, ..self }
     }
 
-    /// Whether it is extra and was given nothing yet.
+    /// The same beside another stream that can bring these bytes as well. It gives up where it is not answered at once with just its
+    /// range: to ask again and again, or to read all that comes before, would cost the upstream more than it saves anyone.
+    #[must_use]
+    pub fn on_trial(self) -> Self {
+        let role = Role::OnTrial;
+        Self { role, ..self }
+    }
+
+    /// The same where the upstream gives no ranges: all is asked for, and what comes before is skipped. Whether it is the same blob its
+    /// digest tells, not a validator.
+    #[must_use]
+    pub fn from_the_beginning(mut self) -> Self {
+        self.begin_again();
+        self
+    }
+
+    /// Whether it is on trial and was given nothing yet.
     pub fn is_on_trial(&self) -> bool {
-        self.role == Role::Extra { answered: false }
+        self.role == Role::OnTrial
+    }
+
+    /// Whether it brings all that comes behind it, since the upstream gives no ranges.
+    pub fn comes_whole(&self) -> bool {
+        self.ranges == Ranges::LeftOut
     }
 
     /// Where the bytes come from: 0 is the upstream's URL, others are its mirrors.
@@ -284,7 +350,8 @@ impl BlobStream {
             return Step::Again;
         }
         self.position += bytes.len() as u64;
-        self.failures = 0;
+        self.came += bytes.len() as u64;
+        (self.failures, self.tries) = (0, TRIES);
         Step::Bytes(bytes)
     }
 
@@ -298,10 +365,14 @@ impl BlobStream {
             end,
         });
         let range = rest.filter(|_| self.ranges != Ranges::LeftOut);
-        let ask = self.ask.ask(range, self.ask.place);
+        let stakes = match self.role {
+            Role::OnTrial => Stakes::Haste,
+            Role::Sole | Role::Part => Stakes::Needed,
+        };
+        let ask = self.ask.ask_for(range, self.ask.place, stakes);
         match self.ask.upstream.send(&ask, Deadline::for_answer()).await {
             Ok(answer) => {
-                let accepted = self.accept(answer);
+                let accepted = self.accept(answer, range);
                 if accepted.is_err() && range.is_some() {
                     self.ranges = Ranges::Unfit;
                 }
@@ -318,14 +389,20 @@ impl BlobStream {
         }
     }
 
-    /// Takes an answer as the continuation at our offset, if it is one.
-    fn accept(&mut self, answer: Answer) -> Result<(), UpstreamError> {
+    /// Takes an answer as the continuation at our offset, if it is one. `asked` is the range that was asked for, if one was.
+    fn accept(&mut self, answer: Answer, asked: Option<Slice>) -> Result<(), UpstreamError> {
         let (start, total) = match (answer.status(), answer.content_range()) {
             (206, Some(range)) => (range.slice.start, range.total),
             (206, None) => return Err(self.broken("a 206 without Content-Range")),
             _ => (0, answer.content_length()),
         };
-        if self.role != Role::Sole && answer.status() != 206 {
+        let whole = asked.is_some() && answer.status() != 206;
+        let unfit = match self.role {
+            Role::Sole => false,
+            Role::Part => self.position > 0,
+            Role::OnTrial => true,
+        };
+        if whole && unfit {
             return Err(self.broken("everything in place of a range"));
         }
         if start > self.position || (answer.status() == 206 && start != self.position) {
@@ -348,8 +425,11 @@ impl BlobStream {
             .validator
             .take()
             .or_else(|| answer.etag().map(str::to_owned));
-        if let Role::Extra { answered } = &mut self.role {
-            *answered = true;
+        if self.role == Role::OnTrial {
+            self.role = Role::Part;
+        }
+        if whole {
+            self.ranges = Ranges::LeftOut;
         }
         self.skip = self.position - start;
         self.credential = answer.credential().clone();
@@ -359,128 +439,87 @@ impl BlobStream {
 
     /// Notes a failed try; `Err` when there were too many, or when trying again cannot help.
     fn stumble(&mut self, error: UpstreamError) -> Result<(), UpstreamError> {
-        self.body = None;
+        let broke_off = self.body.take().is_some() && matches!(error.fault(), Fault::Broken(_));
+        let accident = broke_off && !self.broke_here;
         self.failures += 1;
-        let places = self.ask.upstream.places();
-        let unfit = self.ranges == Ranges::Unfit;
-        if self.is_on_trial() || (unfit && self.role != Role::Sole) {
+        let helped = std::mem::take(&mut self.came) >= SLIGHT;
+        self.slight = if helped { 1 } else { self.slight + 1 };
+        if self.is_on_trial() {
             return Err(error);
         }
-        if unfit {
-            // Another place may know ranges better; after all of them nothing is left but to read from the beginning.
-            let all_asked = self.failures as usize >= places;
-            self.ranges = if all_asked {
-                Ranges::LeftOut
-            } else {
-                Ranges::Asked
-            };
+        if self.is_hopeless(&error) {
+            let last = self.role != Role::Sole || self.comes_whole();
+            if last || !error.may_be_of_a_range() {
+                return Err(error);
+            }
+            self.begin_again();
+        } else if self.ranges == Ranges::Unfit {
+            // Another place may know ranges better.
+            self.ranges = Ranges::Asked;
         }
-        let refused = !unfit
-            && matches!(
-                error.fault(),
-                Fault::Denied { .. } | Fault::NotFound { .. } | Fault::RangeRefused
-            );
-        if self.failures > TRIES || (refused && places == 1) {
-            return Err(error);
+        if accident {
+            self.broke_here = true;
+        } else {
+            self.turn();
         }
-        if places > 1 {
-            // Another place has another validator; the total and, in the end, the digest still decide.
-            self.ask.place = (self.ask.place + 1) % places;
-            self.validator = None;
-        }
-        self.not_before = Some(Instant::now() + pause(self.failures, error.retry_after()));
+        let pause = pause(
+            self.failures.max(self.slight.min(SLIGHT_PAUSE)),
+            error.retry_after(),
+        );
+        self.not_before = Some(Instant::now() + pause);
         tracing::info!(%error, position = self.position, failures = self.failures, "a blob broke off; going on from there");
         Ok(())
     }
 
+    /// No ranges from here on, and no validator: the digest tells whether it is the same blob.
+    fn begin_again(&mut self) {
+        self.ranges = Ranges::LeftOut;
+        self.validator = None;
+        (self.failures, self.slight) = (1, 1);
+        let places = u32::try_from(self.places()).unwrap_or(u32::MAX);
+        self.tries = LAST_TRIES.max(places);
+    }
+
+    /// Whether the same will fail again, as far as one can tell.
+    fn is_hopeless(&self, error: &UpstreamError) -> bool {
+        let refused = matches!(
+            error.fault(),
+            Fault::Denied { .. } | Fault::NotFound { .. } | Fault::RangeRefused
+        );
+        let answered = if self.ranges == Ranges::Unfit {
+            self.failures as usize >= self.places()
+        } else {
+            refused && self.places() == 1
+        };
+        let told = error.retry_after().is_some_and(|wait| wait > LONG);
+        let tries = match self.ranges {
+            Ranges::Asked | Ranges::Unfit if told => TOLD_TRIES,
+            Ranges::Asked | Ranges::Unfit | Ranges::LeftOut => self.tries,
+        };
+        answered || self.failures > tries || self.slight > SLIGHT_TRIES
+    }
+
+    /// Goes on to the next place, if there is one.
+    fn turn(&mut self) {
+        let places = self.places();
+        if places > 1 {
+            // Another place has another validator; the total and, in the end, the digest still decide.
+            self.ask.place = (self.ask.place + 1) % places;
+            self.validator = None;
+            self.broke_here = false;
+        }
+    }
+
+    /// How many places may be asked.
+    fn places(&self) -> usize {
+        match self.ask.mixing {
+            Mixing::Allowed => self.ask.upstream.places(),
+            Mixing::Refused => 1,
+        }
+    }
+
     fn broken(&self, what: &str) -> UpstreamError {
         self.ask.broken(what)
-    }
-}
-
-impl Upstream {
-    /// Asks, and asks the next mirror when a place gives no answer. A refusal is an answer, except a mirror's where the upstream might have
-    /// known us: the first place that gives one decides.
-    pub async fn ask(&self, ask: Ask, deadline: Deadline) -> Result<Answer, UpstreamError> {
-        self.ask_from(ask, deadline).await.map(|(answer, _)| answer)
-    }
-
-    /// Asks and reads the whole answer, at most `limit` bytes. One that breaks off is asked for again: the oldest clients give up at
-    /// the first manifest that does not come whole.
-    pub async fn whole(
-        &self,
-        ask: &Ask,
-        limit: usize,
-        deadline: Deadline,
-    ) -> Result<(Answer, Bytes), UpstreamError> {
-        let mut tries = 1;
-        loop {
-            let mut answer = self.ask(ask.clone(), deadline).await?;
-            match answer.read_to(limit, deadline).await {
-                Ok(body) => return Ok((answer, body)),
-                Err(error)
-                    if tries < WHOLE_TRIES
-                        && matches!(error.fault(), Fault::Broken(_) | Fault::Stalled) =>
-                {
-                    tracing::info!(%error, "asking again for an answer that broke off");
-                }
-                Err(error) => return Err(error),
-            }
-            tries += 1;
-        }
-    }
-
-    /// The same, beginning with the place the question names; tells which place answered.
-    async fn ask_from(
-        &self,
-        mut ask: Ask,
-        deadline: Deadline,
-    ) -> Result<(Answer, usize), UpstreamError> {
-        if ask.mirrors == Mirrors::LeftOut {
-            return self
-                .send(&ask, deadline)
-                .await
-                .map(|answer| (answer, ask.mirror));
-        }
-        let mut silence: Option<UpstreamError> = None;
-        for left in (2..=self.places()).rev() {
-            // A place that hangs must leave time for the others.
-            let share = deadline.remaining() / u32::try_from(left).unwrap_or(1);
-            match self.send(&ask, deadline.at_most(share)).await {
-                Err(error) if error.is_outage() || self.is_to_strangers(&ask, &error) => {
-                    tracing::warn!(%error, "asking the next mirror");
-                    silence = silence.filter(UpstreamError::is_outage).or(Some(error));
-                }
-                answered => return answered.map(|answer| (answer, ask.mirror)),
-            }
-            ask.mirror = (ask.mirror + 1) % self.places();
-        }
-        match self.send(&ask, deadline).await {
-            Err(error) if self.is_to_strangers(&ask, &error) => Err(silence.unwrap_or(error)),
-            answered => answered.map(|answer| (answer, ask.mirror)),
-        }
-    }
-
-    /// Whether a mirror, which never learns who we are, refused what the upstream itself might have given us. That it refuses strangers
-    /// at all is its own affair; that it has nothing for them may be how it hides what it has.
-    fn is_to_strangers(&self, ask: &Ask, error: &UpstreamError) -> bool {
-        let hides = match &ask.identity {
-            Identity::Configured => !self.credential(&ask.repository).is_anonymous(),
-            Identity::Client(_) => true,
-            Identity::Anonymous => false,
-        };
-        let refused = matches!(error.fault(), Fault::Denied { .. });
-        let missing = matches!(error.fault(), Fault::NotFound { .. });
-        ask.mirror > 0 && (refused || (missing && hides))
-    }
-
-    /// The error for an answer that is none.
-    pub fn broken(&self, ask: &Ask, what: &str) -> UpstreamError {
-        UpstreamError::new(
-            self.id.clone(),
-            ask.describe(),
-            Fault::Broken(what.to_owned()).into(),
-        )
     }
 }
 

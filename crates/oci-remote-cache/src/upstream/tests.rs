@@ -14,7 +14,7 @@ use url::Url;
 
 use super::{
     Answer, Ask, Fault, Identity, Keyring, Login, Method, Mirrors, Password, Resource, Settings,
-    Upstream, UpstreamError,
+    Stakes, Upstream, UpstreamError,
 };
 use crate::clock::Clock;
 use crate::deadline::Deadline;
@@ -100,6 +100,7 @@ fn ask(resource: Resource) -> Ask {
         mirror: 0,
         mirrors: Mirrors::Welcome,
         identity: Identity::Configured,
+        stakes: Stakes::Needed,
     }
 }
 

@@ -33,8 +33,10 @@ pub(super) const UNKNOWN: u64 = u64::MAX;
 pub(super) enum Ended {
     /// Its range is in; `last` when the upstream ended the blob there.
     Complete { position: u64, last: bool },
-    /// The upstream gave no more, however often it was asked.
+    /// The upstream gave no more of the range, however often it was asked.
     Refused(UpstreamError),
+    /// It gave no more when it was asked for everything either.
+    Exhausted(UpstreamError),
     /// The upstream did not answer an extra connection as it should, so nothing was taken over.
     Unwelcome(UpstreamError),
     /// It answered an extra connection when most of what that was to bring had come.
@@ -47,6 +49,7 @@ pub(super) enum Ended {
 pub(super) struct Fetch {
     work: Pin<Box<dyn Future<Output = Ended> + Send>>,
     range: Arc<Range>,
+    take_over: Option<TakeOver>,
 }
 
 /// How far a fetch is and where it stops; the transfer may move the stop nearer.
@@ -58,6 +61,8 @@ pub(super) struct Range {
     end: AtomicU64,
     /// Where it will stop once those who are to take over from it have been answered.
     planned_end: AtomicU64,
+    /// The upstream has sent some of it.
+    answered: AtomicBool,
     measured: Mutex<Measured>,
 }
 
@@ -76,11 +81,14 @@ pub(super) struct Shared {
     tasks: Tasks,
     /// Microseconds that connections have waited for the upstream; the transfer takes them out.
     waited: AtomicU64,
+    /// A range that was asked for beside another has come as asked.
+    ranges_given: AtomicBool,
     /// The hash has come to the end of what is here, and the transfer wants to know when more is.
     hash_waits: AtomicBool,
 }
 
 /// A part of another fetch's range that this one brings, once it is answered.
+#[derive(Clone)]
 struct TakeOver {
     from: Arc<Range>,
     at: u64,
@@ -103,6 +111,7 @@ impl Shared {
             spool: Arc::clone(spool),
             tasks: fills.tasks.clone(),
             waited: AtomicU64::new(0),
+            ranges_given: AtomicBool::new(false),
             hash_waits: AtomicBool::new(false),
         })
     }
@@ -110,6 +119,11 @@ impl Shared {
     /// How long connections have waited for the upstream since the last time this was asked.
     pub(super) fn take_waited(&self) -> Duration {
         Duration::from_micros(self.waited.swap(0, Ordering::Relaxed))
+    }
+
+    /// Whether a range came as asked that was asked for beside another.
+    pub(super) fn has_given_ranges(&self) -> bool {
+        self.ranges_given.load(Ordering::Relaxed)
     }
 
     /// Asks for a word to the transfer when more has arrived. What has arrived must be looked at after this.
@@ -144,9 +158,10 @@ impl Fetch {
         shared: &Arc<Shared>,
     ) -> Self {
         let at = stream.position();
-        slower.range.planned_end.fetch_min(at, Ordering::Relaxed);
         let from = Arc::clone(&slower.range);
-        Self::begin(stream, (end, Some(TakeOver { from, at })), place, shared)
+        let fetch = Self::begin(stream, (end, Some(TakeOver { from, at })), place, shared);
+        fetch.take_over_still();
+        fetch
     }
 
     fn begin(
@@ -166,10 +181,11 @@ impl Fetch {
             received: position.into(),
             end: end.into(),
             planned_end: end.into(),
+            answered: false.into(),
             measured,
         });
         let worker = Worker {
-            take_over,
+            take_over: take_over.clone(),
             outbox: Outbox::new(shared.spool.writer(position), &range, shared),
             stream,
             range: Arc::clone(&range),
@@ -179,6 +195,7 @@ impl Fetch {
         Self {
             work: Box::pin(worker.run()),
             range,
+            take_over,
         }
     }
 
@@ -202,6 +219,20 @@ impl Fetch {
     pub(super) fn keep_all(&self) {
         let end = self.range.end.load(Ordering::Relaxed);
         self.range.planned_end.store(end, Ordering::Relaxed);
+    }
+
+    /// Plans again to take over what it has not yet.
+    pub(super) fn take_over_still(&self) {
+        if let Some(TakeOver { from, at }) = &self.take_over
+            && !self.is_answered()
+        {
+            from.planned_end.fetch_min(*at, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the upstream has sent some of its range.
+    pub(super) fn is_answered(&self) -> bool {
+        self.range.answered.load(Ordering::Relaxed)
     }
 
     /// Notes the rate since the last look.
@@ -243,6 +274,7 @@ impl Worker {
             if end != UNKNOWN {
                 self.stream.stop_at(end);
             }
+            let on_trial = self.stream.is_on_trial();
             let batch = match self.batch().await {
                 Ok(batch) => batch,
                 Err(error) => return self.refused(error).await,
@@ -250,6 +282,11 @@ impl Worker {
             if !self.is_still_needed() {
                 return Ended::TooLate;
             }
+            self.range.answered.store(true, Ordering::Relaxed);
+            if on_trial {
+                self.shared.ranges_given.store(true, Ordering::Relaxed);
+            }
+            self.shared.fill.note_giver(self.stream.place());
             if batch.is_empty() {
                 return self
                     .outbox
@@ -282,6 +319,7 @@ impl Worker {
         match self.outbox.written().await {
             Err(error) => Ended::Disk(error),
             Ok(()) if self.stream.is_on_trial() => Ended::Unwelcome(error),
+            Ok(()) if self.stream.comes_whole() => Ended::Exhausted(error),
             Ok(()) => Ended::Refused(error),
         }
     }

@@ -3,6 +3,7 @@
 //! The task owns the transfer; readers only watch its progress. Fetching, writing and hashing overlap: bytes are written on the blocking
 //! pool while the next ones arrive, and the hash follows the unbroken prefix there too. What to fetch next is decided in [`super::plan`].
 
+mod extras;
 mod fetch;
 mod open;
 mod outbox;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use oci::Slice;
+use tokio::time::sleep;
 
 use super::transfer::{Known, Transfer};
 use crate::deadline::Deadline;
@@ -79,14 +80,27 @@ async fn ask(
 ) -> Result<BlobStream, UpstreamError> {
     match fill.ask.clone().open(range, deadline).await {
         Err(error) if range.is_some() && may_be_of_the_range(error.fault()) => {
-            fill.ask.clone().open(None, deadline).await
+            everything(fill, deadline).await
         }
         Ok(stream) if range.is_some() && stream.total().is_none() => {
             drop(stream);
-            fill.ask.clone().open(None, deadline).await
+            everything(fill, deadline).await
         }
         answered => answered,
     }
+}
+
+/// The answer to a plain GET. That ranges failed may have opened the breaker, which says nothing of this.
+async fn everything(fill: &Fill, deadline: Deadline) -> Result<BlobStream, UpstreamError> {
+    let answered = fill.ask.clone().open(None, deadline).await;
+    if let Err(error) = &answered
+        && let Fault::BreakerOpen { retry_after } = *error.fault()
+        && retry_after < deadline.remaining()
+    {
+        sleep(retry_after).await;
+        return fill.ask.clone().open(None, deadline).await;
+    }
+    answered
 }
 
 /// Whether the same question without a range may be answered.

@@ -25,6 +25,8 @@ const LATE: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub(super) struct Pace {
     share: usize,
+    /// The most that have worked at once.
+    most: usize,
     growing: bool,
     window: Instant,
     bytes: u64,
@@ -41,6 +43,7 @@ impl Pace {
     pub(super) fn new(now: Instant) -> Self {
         Self {
             share: 1,
+            most: 1,
             growing: true,
             window: now,
             bytes: 0,
@@ -71,6 +74,18 @@ impl Pace {
     pub(super) fn shrink(&mut self, working: usize) {
         self.share = working.max(1);
         self.growing = false;
+    }
+
+    /// So many work now.
+    pub(super) fn note_working(&mut self, working: usize) {
+        self.most = self.most.max(working);
+    }
+
+    /// One more may be tried, up to as many as have worked before.
+    pub(super) fn regrow(&mut self) {
+        if self.share < self.most {
+            self.share += 1;
+        }
     }
 
     /// Looks at how many bytes have arrived in all, how many are missing, and how long each connection waited for the upstream since the

@@ -11,22 +11,20 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
+use super::extras::{Extras, Record};
 use super::fetch::{Ended, Fetch, Shared, UNKNOWN};
 use super::pace::Pace;
 use super::{Outcome, on_disk};
-use crate::fill::plan::{self, Appetite, SMALL, Step, View};
+use crate::fill::plan::{self, Appetite, Ranges, SMALL, Step, View};
 use crate::fill::{Alone, Fill, FillError, Fills};
 use crate::store::spool::{PrefixHash, Spool};
 use crate::store::usage::Reservation;
+use crate::upstream::UpstreamError;
 use crate::upstream::resume::BlobStream;
-use crate::upstream::{Fault, UpstreamError};
 use crate::verdict::Why;
 
 /// How long a fill that nobody reads goes on when it is neither small nor half in.
 const ABANDONED: Duration = Duration::from_secs(30);
-
-/// How long an upstream is left alone that had no time for an extra connection; twice that after the next, and so on.
-const REST: Duration = Duration::from_millis(500);
 
 /// A transfer under way.
 pub(super) struct Transfer {
@@ -42,6 +40,7 @@ pub(super) struct Transfer {
     fetches: FuturesUnordered<Fetch>,
     turn: Turn,
     pace: Pace,
+    ranges: Ranges,
     extras: Extras,
     shared: Arc<Shared>,
     disk_fault: DiskFault,
@@ -60,19 +59,6 @@ pub(super) struct Known {
 enum DiskFault {
     None,
     RoomMade,
-}
-
-/// Whether the upstream takes a connection beside the one that brings the blob.
-#[derive(Clone, Copy)]
-enum Extras {
-    Welcome,
-    /// It had no time for the last ones, so many in a row.
-    Resting {
-        until: Instant,
-        times: u32,
-    },
-    /// It refuses them, or does not answer with the range that was asked for.
-    Unwelcome,
 }
 
 /// A place in the queue for connections. Who has none at all waits there: others that wait would be before it for ever.
@@ -125,6 +111,7 @@ impl Transfer {
             fetches: FuturesUnordered::new(),
             turn: Turn::NotWanted,
             pace: Pace::new(Instant::now()),
+            ranges: Ranges::Given,
             extras: Extras::Welcome,
             disk_fault: DiskFault::None,
         }
@@ -137,14 +124,31 @@ impl Transfer {
             .unwrap_or(UNKNOWN)
             .min(stream.end().unwrap_or(UNKNOWN));
         let at = stream.position();
+        if stream.comes_whole() {
+            self.ranges = Ranges::NotGiven;
+        }
         let end = match self.size.and_then(|size| self.only_wanted(size)) {
+            _ if stream.comes_whole() => all,
             Some(wanted) if wanted.start <= at && at < wanted.end => wanted.end.min(all),
             Some(_) => at,
             None => all,
         };
         if self.spool.reach(at) < end {
-            self.fetches
-                .push(Fetch::new(stream, end, place, &self.shared));
+            self.fetches.push(Fetch::new(
+                self.as_one_of_many(stream),
+                end,
+                place,
+                &self.shared,
+            ));
+        }
+    }
+
+    /// A stream that others may work beside, unless the blob is too small for that or there is nothing else to do.
+    fn as_one_of_many(&self, stream: BlobStream) -> BlobStream {
+        let small = self.size.is_some_and(|size| size <= SMALL);
+        match self.ranges {
+            Ranges::Given if !small => stream.part(),
+            Ranges::Given | Ranges::NotGiven => stream,
         }
     }
 
@@ -244,7 +248,7 @@ impl Transfer {
         while let Some(step) = self.step(size) {
             let (Step::Fetch(slice) | Step::TakeOver { slice, .. }) = step;
             let beside = !self.fetches.is_empty();
-            if beside && !self.extras.are_welcome() {
+            if beside && !self.takes_one_more() {
                 break;
             }
             let Some(place) = self.spare_place() else {
@@ -252,7 +256,11 @@ impl Transfer {
             };
             let ask = self.fill.ask_again();
             let stream = ask.later(slice, size, self.validator.clone());
-            let stream = if beside { stream.extra() } else { stream };
+            let stream = match self.ranges {
+                Ranges::Given if beside => stream.on_trial(),
+                Ranges::Given => self.as_one_of_many(stream),
+                Ranges::NotGiven => stream.from_the_beginning(),
+            };
             let slower = match step {
                 Step::TakeOver { from, .. } => self.fetches.iter().nth(from),
                 Step::Fetch(_) => None,
@@ -266,6 +274,12 @@ impl Transfer {
             self.fetches.push(fetch);
         }
         self.turn = Turn::NotWanted;
+    }
+
+    /// Whether the upstream may be asked on another connection. While it has no time for more, as many as it had time for may go on.
+    fn takes_one_more(&self) -> bool {
+        let replaced = self.fetches.len() < self.pace.share();
+        self.extras.are_welcome(Instant::now()) || (replaced && self.extras != Extras::Unwelcome)
     }
 
     /// A place for one connection more. Without any connection the transfer queues for one.
@@ -303,6 +317,7 @@ impl Transfer {
             active: &active,
             wants: &wants,
             appetite,
+            ranges: self.ranges,
             share,
             most,
         })
@@ -358,45 +373,63 @@ impl Transfer {
                 }
                 Flow::On
             }
-            Ended::Refused(error) => self.refused(error),
+            Ended::Refused(error) | Ended::Exhausted(error) if !self.fetches.is_empty() => {
+                tracing::info!(%error, "a connection failed; going on with fewer");
+                self.with_fewer(Some(&error));
+                Flow::On
+            }
+            Ended::Refused(error) if self.size.is_some() && error.may_be_of_a_range() => {
+                tracing::info!(%error, "no more ranges come; asking for everything");
+                self.ranges = Ranges::NotGiven;
+                Flow::On
+            }
+            Ended::Refused(error) | Ended::Exhausted(error) => self.gave_up(error),
             Ended::Unwelcome(error) => {
                 tracing::info!(%error, "an extra connection is not welcome; going on without");
-                self.extras = self.extras.after(Some(error.fault()), Instant::now());
-                self.with_fewer();
+                self.with_fewer(Some(&error));
                 Flow::On
             }
             Ended::TooLate => {
-                self.extras = self.extras.after(None, Instant::now());
-                self.with_fewer();
+                self.with_fewer(None);
                 Flow::On
             }
             Ended::Disk(error) => self.broke(&error).await,
         }
     }
 
-    /// A connection gave up. While others bring bytes the blob goes on with those.
-    fn refused(&mut self, error: UpstreamError) -> Flow {
-        if self.fetches.is_empty() {
-            let worth = self.spool.total() > 0 && self.size.is_some_and(|size| size > SMALL);
-            let spool = Arc::clone(&self.spool);
-            // What one client's login no longer opens, the next reader's may.
-            let personal = !self.fill.ask.identity.is_configured();
-            if worth && (personal || error.is_outage()) {
-                return Flow::End(Outcome::Broken(error.into(), spool));
-            }
-            return Flow::End(Outcome::Failed(error.into(), Some(spool)));
+    /// The upstream gives no more.
+    fn gave_up(&self, error: UpstreamError) -> Flow {
+        let worth = self.spool.total() > 0 && self.size.is_some_and(|size| size > SMALL);
+        let spool = Arc::clone(&self.spool);
+        // What one client's login no longer opens, the next reader's may.
+        let personal = !self.fill.ask.identity.is_configured();
+        if worth && (personal || error.is_outage()) {
+            return Flow::End(Outcome::Broken(error.into(), spool));
         }
-        tracing::info!(%error, "an extra connection failed; going on with fewer");
-        self.with_fewer();
-        Flow::On
+        Flow::End(Outcome::Failed(error.into(), Some(spool)))
     }
 
     /// What a connection beside the others was to bring comes by them, or when they have ended.
-    fn with_fewer(&mut self) {
+    fn with_fewer(&mut self, error: Option<&UpstreamError>) {
+        let record = if self.shared.has_given_ranges() {
+            Record::HasGiven
+        } else {
+            Record::Clean
+        };
+        self.extras = self.extras.after(error, record, Instant::now());
         for fetch in &self.fetches {
             fetch.keep_all();
         }
-        self.pace.shrink(self.fetches.len());
+        for fetch in &self.fetches {
+            fetch.take_over_still();
+        }
+        self.pace.shrink(self.working());
+    }
+
+    /// Connections that have been answered.
+    fn working(&self) -> usize {
+        let answered = self.fetches.iter().filter(|fetch| fetch.is_answered());
+        answered.count()
     }
 
     /// The disk refused. Room is made once; then the readers go on alone.
@@ -458,6 +491,10 @@ impl Transfer {
             reservation.grow(needed.saturating_sub(reservation.bytes()));
         }
         self.pace.measure(now, (self.spool.total(), missing), each);
+        self.pace.note_working(self.working());
+        if self.extras.are_welcome(now) {
+            self.pace.regrow();
+        }
     }
 
     /// A fill that nobody reads finishes if it is small or half in; else it is parked after a while.
@@ -489,29 +526,5 @@ impl Transfer {
     /// A blob whose size nobody told has grown past what is kept.
     fn is_too_large(&self) -> bool {
         self.size.is_none() && self.spool.total() > self.fills.store.max_blob()
-    }
-}
-
-impl Extras {
-    fn are_welcome(self) -> bool {
-        match self {
-            Self::Welcome => true,
-            Self::Resting { until, .. } => until <= Instant::now(),
-            Self::Unwelcome => false,
-        }
-    }
-
-    /// After one was turned away, or came too late. Who has no time now may have some later, at longer and longer intervals.
-    fn after(self, fault: Option<&Fault>, now: Instant) -> Self {
-        let passing = |fault: &Fault| fault.is_outage() && !matches!(fault, Fault::Broken(_));
-        if !fault.is_none_or(passing) {
-            return Self::Unwelcome;
-        }
-        let times = match self {
-            Self::Resting { times, .. } => times + 1,
-            Self::Welcome | Self::Unwelcome => 0,
-        };
-        let until = now + REST * 2_u32.saturating_pow(times.min(8));
-        Self::Resting { until, times }
     }
 }
