@@ -460,6 +460,44 @@ mod tests {
         );
     }
 
+    #[test]
+    fn without_ranges_one_connection_brings_all_that_is_missing() {
+        let size = 100 * MIB;
+        let gaps = [slice(10 * MIB, 20 * MIB), slice(60 * MIB, 90 * MIB)];
+        let wants = [Want {
+            position: 70 * MIB,
+            end: 71 * MIB,
+        }];
+        for appetite in [Appetite::Whole, Appetite::Asked] {
+            let one = View {
+                ranges: Ranges::NotGiven,
+                appetite,
+                share: 4,
+                ..view(size, &gaps, &[], &wants)
+            };
+            let all = slice(10 * MIB, 90 * MIB);
+            assert_eq!(next(&one), Some(Step::Fetch(all)));
+            let active = [Active {
+                position: all.start,
+                end: all.end,
+                rate: Some(1),
+            }];
+            assert_eq!(
+                next(&View {
+                    active: &active,
+                    ..one
+                }),
+                None
+            );
+        }
+        let idle = View {
+            ranges: Ranges::NotGiven,
+            appetite: Appetite::Asked,
+            ..view(size, &gaps, &[], &[])
+        };
+        assert_eq!(next(&idle), None, "nobody waits for anything");
+    }
+
     proptest! {
         /// Following the plan step by step brings every byte, and no range is ever handed out twice.
         #[test]

@@ -35,7 +35,7 @@ const LONG: Duration = Duration::from_secs(5);
 const SLIGHT: u64 = 16 << 10;
 
 /// Such answers in a row that are put up with.
-const SLIGHT_TRIES: u32 = 20;
+const SLIGHT_TRIES: u32 = 8;
 
 /// No longer than this many tries' pause lies between such answers.
 const SLIGHT_PAUSE: u32 = 5;

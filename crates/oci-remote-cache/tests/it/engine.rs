@@ -433,6 +433,25 @@ async fn a_mirror_finishes_what_a_broken_registry_began() {
     cache.check_invariants().await;
 }
 
+/// A line that breaks once is an accident: the registry brings the rest, and its mirror, which may have other bytes, is not asked.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_breaks_once_finishes_itself() {
+    let (registry, mirror, cache) = with_a_mirror().await;
+    let blob = offered(&registry, 2, "an accident");
+    mirror.script(
+        Kind::Blob,
+        faults::serve(&blob, ServeOptions::new().data(blob.spoiled())),
+    );
+    registry.script(
+        Matcher::blobs().once(),
+        faults::serve(&blob, ServeOptions::new().reset_at(MIB)),
+    );
+    assert_right(&whole(&blob).send(cache.port()).await);
+    assert_eq!(mirror.count(Kind::Blob), 0, "the mirror was asked");
+    assert_holds(&cache, [&blob]).await;
+    cache.check_invariants().await;
+}
+
 /// Wrong bytes are never completed; the next request asks the other place first.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_place_that_sent_wrong_bytes_is_not_asked_first_again() {
@@ -593,7 +612,7 @@ fn only_whole(blob: &Content, status: u16) -> Handler {
 /// An upstream that refuses ranges, in whatever words, still gives what pieces were kept of.
 #[tokio::test(flavor = "multi_thread")]
 async fn kept_pieces_ask_for_no_more_than_the_upstream_knows() {
-    for status in [400, 403, 416, 501] {
+    for status in [400, 403, 416, 501, 503] {
         let (registry, cache, blob, client) = two_thirds_in().await;
         cache.kill9().await;
         client.abort();

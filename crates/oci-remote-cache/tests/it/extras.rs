@@ -7,8 +7,8 @@ use std::time::Duration;
 use oci::{RangeHeader, Resolved, Slice};
 use testbed::cache::blob_path;
 use testbed::{
-    CacheProcess, Content, Exchange, Handler, Kind, Registry, Request, Response, ServeOptions,
-    Upstream, faults,
+    CacheProcess, Content, Exchange, Handler, Kind, Matcher, Registry, Request, Response,
+    ServeOptions, Upstream, eventually, faults,
 };
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -192,4 +192,166 @@ async fn a_far_range_that_is_refused_comes_with_the_rest() {
         assert!(asked <= 6, "{kind:?}: asked {asked} times");
     }
     cache.check_invariants().await;
+}
+
+/// What becomes of questions for a range after the first one.
+#[derive(Clone, Copy, Debug)]
+enum Later {
+    Refused(u16),
+    /// They are answered with another validator, and so is the plain one.
+    OtherValidator,
+    /// Half of the range comes, and half of the rest, and so on.
+    Halved,
+}
+
+const LATER: [Later; 7] = [
+    Later::Refused(403),
+    Later::Refused(404),
+    Later::Refused(416),
+    Later::Refused(429),
+    Later::Refused(503),
+    Later::OtherValidator,
+    Later::Halved,
+];
+
+/// The range that is asked for, of a blob of `size` bytes; nothing for a plain question.
+fn asked_range(exchange: &Exchange, size: u64) -> Option<Slice> {
+    let header = RangeHeader::parse(exchange.header("range")?)?;
+    match header.resolve(size) {
+        Resolved::Single(slice) => Some(slice),
+        Resolved::Multiple(_) | Resolved::Unsatisfiable => None,
+    }
+}
+
+/// The first half of a range, as if it were all of it.
+fn first_half(blob: &Content, asked: Slice) -> Handler {
+    let range = format!("bytes {}-{}/{}", asked.start, asked.end - 1, blob.size());
+    let half = asked.start..asked.start + asked.len() / 2;
+    let offset = |at| usize::try_from(at).unwrap_or(usize::MAX);
+    let body = blob.data.slice(offset(half.start)..offset(half.end));
+    faults::status(206, &[("Content-Range", &range)], body)
+}
+
+/// One range is given, slowly; then what is told.
+fn for_a_while(blob: &Content, later: Later) -> Handler {
+    let (blob, given) = (blob.clone(), AtomicUsize::new(0));
+    Handler::new(move |exchange: Exchange| {
+        let asked = asked_range(&exchange, blob.size());
+        let over = match asked {
+            Some(_) => given.fetch_add(1, Ordering::SeqCst) >= 1,
+            None => given.load(Ordering::SeqCst) > 1,
+        };
+        let etag = if over { "\"after\"" } else { "\"before\"" };
+        let slow = ServeOptions::new().rate(RATE).header("ETag", etag);
+        let handler = match (later, asked) {
+            (Later::Refused(status), Some(_)) if over => {
+                faults::error(status, "DENIED", &[("Retry-After", "1")])
+            }
+            (Later::Halved, Some(asked)) if over => first_half(&blob, asked),
+            _ => faults::serve(&blob, slow),
+        };
+        async move { handler.call(exchange).await }
+    })
+}
+
+/// The first connection has given its rest away to others, which bring it no more: it comes from the beginning.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_gives_no_more_ranges_gives_everything_once_more() {
+    let mut cache = cache();
+    let mut registries = Vec::new();
+    for (index, later) in LATER.iter().enumerate() {
+        let registry = Registry::start().await;
+        let blob = Content::blob(SIZE, &format!("{later:?}"));
+        registry.put_blob(REPO, &blob);
+        registry.script((Kind::Blob, "GET"), for_a_while(&blob, *later));
+        cache = cache.upstream(Upstream::new(&format!("up{index}"), registry.url()));
+        registries.push((registry, blob));
+    }
+    let cache = cache.start().await;
+    let mut pulls = JoinSet::new();
+    for (index, (_, blob)) in registries.iter().enumerate() {
+        let (request, port) = (whole(index, blob), cache.port());
+        pulls.spawn(async move { (index, request.send(port).await) });
+    }
+    for (index, response) in pulls.join_all().await {
+        let (later, (registry, blob)) = (LATER[index], &registries[index]);
+        assert_right(&response, &later);
+        let asked = registry.count((Kind::Blob, "GET"));
+        assert!((4..=60).contains(&asked), "{later:?}: asked {asked} times");
+        let sent = registry.sent(Kind::Blob);
+        let most = 2 * blob.size() + IN_A_SOCKET;
+        assert!(sent <= most, "{later:?}: {sent} bytes");
+    }
+    cache.check_invariants().await;
+}
+
+/// What an upstream sees that takes so many connections at a time.
+#[derive(Debug, Default)]
+struct Crowd {
+    open: AtomicUsize,
+    refused: AtomicUsize,
+    /// The most that were open at once after one was refused.
+    most_after: AtomicUsize,
+}
+
+impl Crowd {
+    fn note(&self, open: usize) {
+        if self.refused.load(Ordering::SeqCst) > 0 {
+            self.most_after.fetch_max(open, Ordering::SeqCst);
+        }
+    }
+}
+
+/// The blob, slowly, for as many as `limit` at a time; others get `status`.
+fn limited(blob: &Content, (limit, status): (usize, u16), crowd: &Arc<Crowd>) -> Handler {
+    let (blob, crowd) = (blob.clone(), Arc::clone(crowd));
+    Handler::new(move |exchange: Exchange| {
+        let (blob, crowd) = (blob.clone(), Arc::clone(&crowd));
+        async move {
+            let open = crowd.open.fetch_add(1, Ordering::SeqCst) + 1;
+            let handler = if open > limit {
+                crowd.refused.fetch_add(1, Ordering::SeqCst);
+                faults::error(status, "TOOMANYREQUESTS", &[("Retry-After", "60")])
+            } else {
+                crowd.note(open);
+                faults::serve(&blob, ServeOptions::new().rate(RATE / 2))
+            };
+            handler.call(exchange).await;
+            crowd.open.fetch_sub(1, Ordering::SeqCst);
+        }
+    })
+}
+
+/// An upstream that takes three connections at a time, and refuses the fourth for a minute: three go on, it is not asked again and
+/// again, and what else is asked there meanwhile is not kept waiting.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_takes_so_many_connections_gets_so_many() {
+    for status in [429, 503] {
+        let registry = Registry::start().await;
+        let cache = cache().upstream(Upstream::new("up0", registry.url()));
+        let cache = cache.start().await;
+        let (blob, other) = (
+            Content::blob(2 * SIZE, "crowded"),
+            Content::blob(1000, "meanwhile"),
+        );
+        registry.put_blob(REPO, &blob);
+        registry.put_blob(REPO, &other);
+        let crowd = Arc::new(Crowd::default());
+        let large = Matcher::blobs().of(blob.digest);
+        registry.script(large, limited(&blob, (3, status), &crowd));
+        let (request, port) = (whole(0, &blob), cache.port());
+        let mut pull = JoinSet::new();
+        pull.spawn(async move { request.send(port).await });
+        let refused = || crowd.refused.load(Ordering::SeqCst) > 0;
+        assert!(eventually(Duration::from_secs(20), refused).await);
+        assert_right(&whole(0, &other).send(cache.port()).await, &"meanwhile");
+        for response in pull.join_all().await {
+            assert_right(&response, &status);
+        }
+        let refused = crowd.refused.load(Ordering::SeqCst);
+        assert!(refused <= 8, "{status}: refused {refused} times");
+        let most = crowd.most_after.load(Ordering::SeqCst);
+        assert_eq!(most, 3, "{status}: connections after a refusal");
+        cache.check_invariants().await;
+    }
 }

@@ -35,6 +35,25 @@ pub(super) enum Record {
     HasGiven,
 }
 
+/// How an extra connection was turned away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TurnedAway {
+    /// Not now; perhaps the upstream says when.
+    Busy(Option<Duration>),
+    Refused,
+}
+
+impl From<&UpstreamError> for TurnedAway {
+    fn from(error: &UpstreamError) -> Self {
+        let fault = error.fault();
+        if fault.is_outage() && !matches!(fault, Fault::Broken(_)) {
+            Self::Busy(error.retry_after())
+        } else {
+            Self::Refused
+        }
+    }
+}
+
 impl Extras {
     pub(super) fn are_welcome(self, now: Instant) -> bool {
         match self {
@@ -44,10 +63,9 @@ impl Extras {
         }
     }
 
-    /// After one was turned away (by `error`), or came too late. Who has no time now may have some later, at longer and longer intervals;
-    /// so may who has given ranges before, whatever it says now.
-    pub(super) fn after(self, error: Option<&UpstreamError>, record: Record, now: Instant) -> Self {
-        let had_no_time = error.is_none_or(|error| is_passing(error.fault()));
+    /// After one was turned away. Who has no time now may have some later, at longer and longer intervals; so may who has given ranges
+    /// before, whatever it says now.
+    pub(super) fn after(self, turned: TurnedAway, record: Record, now: Instant) -> Self {
         let times = match self {
             Self::Unwelcome => return self,
             // Several that were tried at once count once.
@@ -55,18 +73,69 @@ impl Extras {
             Self::Resting { times, .. } => times + 1,
             Self::Welcome => 0,
         };
-        let times = match record {
-            _ if had_no_time => times,
-            Record::HasGiven => times.max(REFUSED),
-            Record::Clean => return Self::Unwelcome,
+        let (times, asked) = match (turned, record) {
+            (TurnedAway::Busy(asked), _) => (times, asked.unwrap_or_default()),
+            (TurnedAway::Refused, Record::HasGiven) => (times.max(REFUSED), Duration::ZERO),
+            (TurnedAway::Refused, Record::Clean) => return Self::Unwelcome,
         };
-        let asked = error.and_then(UpstreamError::retry_after);
         let rest = REST * 2_u32.saturating_pow(times.min(DOUBLINGS));
-        let until = now + rest.max(asked.unwrap_or_default());
+        let until = now + rest.max(asked);
         Self::Resting { until, times }
     }
 }
 
-fn is_passing(fault: &Fault) -> bool {
-    fault.is_outage() && !matches!(fault, Fault::Broken(_))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LATE: TurnedAway = TurnedAway::Busy(None);
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn rest(extras: Extras, now: Instant) -> Option<Duration> {
+        match extras {
+            Extras::Resting { until, .. } => Some(until - now),
+            Extras::Welcome | Extras::Unwelcome => None,
+        }
+    }
+
+    #[test]
+    fn who_came_too_late_rests_longer_and_longer() {
+        let mut now = Instant::now();
+        let mut extras = Extras::Welcome;
+        for halves in [1, 2, 4, 8, 16] {
+            extras = extras.after(LATE, Record::Clean, now);
+            assert_eq!(rest(extras, now), Some(REST * halves));
+            assert!(!extras.are_welcome(now));
+            now += REST * halves;
+            assert!(extras.are_welcome(now));
+        }
+    }
+
+    #[test]
+    fn several_at_once_count_once() {
+        let now = Instant::now();
+        let first = Extras::Welcome.after(LATE, Record::HasGiven, now);
+        let third = first
+            .after(LATE, Record::HasGiven, now)
+            .after(LATE, Record::HasGiven, now);
+        assert_eq!(rest(third, now), Some(REST));
+    }
+
+    #[test]
+    fn a_refusal_is_final_where_nothing_was_given() {
+        let now = Instant::now();
+        let never = Extras::Welcome.after(TurnedAway::Refused, Record::Clean, now);
+        assert_eq!(never, Extras::Unwelcome);
+        assert!(!never.are_welcome(now + 1000 * SECOND));
+        let later = Extras::Welcome.after(TurnedAway::Refused, Record::HasGiven, now);
+        assert_eq!(rest(later, now), Some(2 * SECOND));
+    }
+
+    #[test]
+    fn what_the_upstream_asks_for_is_kept_to() {
+        let now = Instant::now();
+        let busy = TurnedAway::Busy(Some(20 * SECOND));
+        let resting = Extras::Welcome.after(busy, Record::HasGiven, now);
+        assert_eq!(rest(resting, now), Some(20 * SECOND));
+    }
 }

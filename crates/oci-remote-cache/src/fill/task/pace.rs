@@ -208,4 +208,16 @@ mod tests {
     fn a_pause_is_left_alone() {
         assert_eq!(shares(4, 1000 * MIB, |_| 0), [1, 1, 1, 1]);
     }
+
+    #[test]
+    fn what_worked_before_may_be_tried_again() {
+        let mut pace = Pace::new(Instant::now());
+        pace.note_working(4);
+        pace.shrink(2);
+        assert_eq!(pace.share(), 2);
+        for share in [3, 4, 4] {
+            pace.regrow();
+            assert_eq!(pace.share(), share);
+        }
+    }
 }

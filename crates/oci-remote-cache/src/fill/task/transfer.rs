@@ -11,7 +11,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
-use super::extras::{Extras, Record};
+use super::extras::{Extras, Record, TurnedAway};
 use super::fetch::{Ended, Fetch, Shared, UNKNOWN};
 use super::pace::Pace;
 use super::{Outcome, on_disk};
@@ -375,7 +375,7 @@ impl Transfer {
             }
             Ended::Refused(error) | Ended::Exhausted(error) if !self.fetches.is_empty() => {
                 tracing::info!(%error, "a connection failed; going on with fewer");
-                self.with_fewer(Some(&error));
+                self.with_fewer((&error).into());
                 Flow::On
             }
             Ended::Refused(error) if self.size.is_some() && error.may_be_of_a_range() => {
@@ -386,11 +386,11 @@ impl Transfer {
             Ended::Refused(error) | Ended::Exhausted(error) => self.gave_up(error),
             Ended::Unwelcome(error) => {
                 tracing::info!(%error, "an extra connection is not welcome; going on without");
-                self.with_fewer(Some(&error));
+                self.with_fewer((&error).into());
                 Flow::On
             }
             Ended::TooLate => {
-                self.with_fewer(None);
+                self.with_fewer(TurnedAway::Busy(None));
                 Flow::On
             }
             Ended::Disk(error) => self.broke(&error).await,
@@ -410,13 +410,13 @@ impl Transfer {
     }
 
     /// What a connection beside the others was to bring comes by them, or when they have ended.
-    fn with_fewer(&mut self, error: Option<&UpstreamError>) {
+    fn with_fewer(&mut self, turned: TurnedAway) {
         let record = if self.shared.has_given_ranges() {
             Record::HasGiven
         } else {
             Record::Clean
         };
-        self.extras = self.extras.after(error, record, Instant::now());
+        self.extras = self.extras.after(turned, record, Instant::now());
         for fetch in &self.fetches {
             fetch.keep_all();
         }
