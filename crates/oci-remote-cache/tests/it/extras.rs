@@ -351,7 +351,10 @@ async fn who_takes_so_many_connections_gets_so_many() {
         let refused = crowd.refused.load(Ordering::SeqCst);
         assert!(refused <= 8, "{status}: refused {refused} times");
         let most = crowd.most_after.load(Ordering::SeqCst);
-        assert_eq!(most, 3, "{status}: connections after a refusal");
+        assert!(
+            (2..=3).contains(&most),
+            "{status}: {most} connections after"
+        );
         cache.check_invariants().await;
     }
 }
