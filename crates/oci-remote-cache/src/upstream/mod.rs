@@ -22,6 +22,7 @@ mod meter;
 mod mirrors;
 mod offline;
 mod paging;
+mod patience;
 mod place;
 mod proxy;
 mod rate;

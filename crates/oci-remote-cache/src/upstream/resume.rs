@@ -6,42 +6,18 @@
 //! comes; configured mirrors take turns.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use oci::{AnyDigest, RepositoryName, Slice};
 use tokio::time::{Instant, sleep_until};
 
+use super::patience::{Failed, Patience, Whom, pause};
 use super::{
     Answer, Ask, Body, Fault, Identity, Method, Mirrors, Resource, Stakes, Upstream, UpstreamError,
 };
 use crate::deadline::Deadline;
 use crate::names::CredentialId;
-
-/// Tries in a row that may bring no byte.
-const TRIES: u32 = 5;
-
-/// Tries in a row from the beginning, after those for the rest: as many, at least, and one for each mirror.
-const LAST_TRIES: u32 = 2;
-
-/// Tries in a row that may bring no byte where the upstream names times to come back, each longer than [`LONG`].
-const TOLD_TRIES: u32 = 2;
-
-/// A wait that clients notice.
-const LONG: Duration = Duration::from_secs(5);
-
-/// Answers that bring less than this hardly help: 16 KiB.
-const SLIGHT: u64 = 16 << 10;
-
-/// Such answers in a row that are put up with.
-const SLIGHT_TRIES: u32 = 8;
-
-/// No longer than this many tries' pause lies between such answers.
-const SLIGHT_PAUSE: u32 = 5;
-
-/// Longest wait between two tries.
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Which blob of which repository.
 #[derive(Clone, Debug)]
@@ -83,14 +59,7 @@ pub struct BlobStream {
     credential: CredentialId,
     body: Option<Body>,
     skip: u64,
-    /// Failures in a row since the last byte, and how many of those are too many.
-    failures: u32,
-    tries: u32,
-    /// The same since an answer that brought more than [`SLIGHT`], and what this one has brought.
-    slight: u32,
-    came: u64,
-    /// It broke off at this place before; the first time may be an accident.
-    broke_here: bool,
+    patience: Patience,
     trouble: Option<UpstreamError>,
     not_before: Option<Instant>,
 }
@@ -205,11 +174,7 @@ impl BlobAsk {
             credential: CredentialId::anonymous(),
             body: None,
             skip: 0,
-            failures: 0,
-            tries: TRIES,
-            slight: 0,
-            came: 0,
-            broke_here: false,
+            patience: Patience::new(),
             trouble: None,
             not_before: None,
             ask: self,
@@ -350,8 +315,7 @@ impl BlobStream {
             return Step::Again;
         }
         self.position += bytes.len() as u64;
-        self.came += bytes.len() as u64;
-        (self.failures, self.tries) = (0, TRIES);
+        self.patience.note(bytes.len() as u64);
         Step::Bytes(bytes)
     }
 
@@ -440,10 +404,11 @@ impl BlobStream {
     /// Notes a failed try; `Err` when there were too many, or when trying again cannot help.
     fn stumble(&mut self, error: UpstreamError) -> Result<(), UpstreamError> {
         let broke_off = self.body.take().is_some() && matches!(error.fault(), Fault::Broken(_));
-        let accident = broke_off && !self.broke_here;
-        self.failures += 1;
-        let helped = std::mem::take(&mut self.came) >= SLIGHT;
-        self.slight = if helped { 1 } else { self.slight + 1 };
+        let whom = self.patience.fail(if broke_off {
+            Failed::BrokeOff
+        } else {
+            Failed::Unanswered
+        });
         if self.is_on_trial() {
             return Err(error);
         }
@@ -457,17 +422,12 @@ impl BlobStream {
             // Another place may know ranges better.
             self.ranges = Ranges::Asked;
         }
-        if accident {
-            self.broke_here = true;
-        } else {
+        if whom == Whom::Next {
             self.turn();
         }
-        let pause = pause(
-            self.failures.max(self.slight.min(SLIGHT_PAUSE)),
-            error.retry_after(),
-        );
+        let pause = self.patience.pause(error.retry_after());
         self.not_before = Some(Instant::now() + pause);
-        tracing::info!(%error, position = self.position, failures = self.failures, "a blob broke off; going on from there");
+        tracing::info!(%error, position = self.position, failures = self.patience.failures(), "a blob broke off; going on from there");
         Ok(())
     }
 
@@ -475,9 +435,7 @@ impl BlobStream {
     fn begin_again(&mut self) {
         self.ranges = Ranges::LeftOut;
         self.validator = None;
-        (self.failures, self.slight) = (1, 1);
-        let places = u32::try_from(self.places()).unwrap_or(u32::MAX);
-        self.tries = LAST_TRIES.max(places);
+        self.patience.begin_again(self.places());
     }
 
     /// Whether the same will fail again, as far as one can tell.
@@ -486,17 +444,12 @@ impl BlobStream {
             error.fault(),
             Fault::Denied { .. } | Fault::NotFound { .. } | Fault::RangeRefused
         );
-        let answered = if self.ranges == Ranges::Unfit {
-            self.failures as usize >= self.places()
-        } else {
-            refused && self.places() == 1
-        };
-        let told = error.retry_after().is_some_and(|wait| wait > LONG);
-        let tries = match self.ranges {
-            Ranges::Asked | Ranges::Unfit if told => TOLD_TRIES,
-            Ranges::Asked | Ranges::Unfit | Ranges::LeftOut => self.tries,
-        };
-        answered || self.failures > tries || self.slight > SLIGHT_TRIES
+        match self.ranges {
+            Ranges::Unfit if self.patience.failures() as usize >= self.places() => true,
+            Ranges::Asked if refused && self.places() == 1 => true,
+            Ranges::Asked | Ranges::Unfit => self.patience.wears_thin(error.retry_after()),
+            Ranges::LeftOut => (refused && self.places() == 1) || self.patience.is_over(),
+        }
     }
 
     /// Goes on to the next place, if there is one.
@@ -506,7 +459,6 @@ impl BlobStream {
             // Another place has another validator; the total and, in the end, the digest still decide.
             self.ask.place = (self.ask.place + 1) % places;
             self.validator = None;
-            self.broke_here = false;
         }
     }
 
@@ -532,31 +484,4 @@ enum Step {
 /// Weak validators say nothing about bytes (RFC 9110 section 8.8.1).
 fn is_strong(etag: &str) -> bool {
     !etag.starts_with("W/")
-}
-
-/// How long to wait before try number `failures` without progress: none before the first, then doubling from 100 ms.
-fn pause(failures: u32, retry_after: Option<Duration>) -> Duration {
-    let doubling = match failures {
-        0 | 1 => Duration::ZERO,
-        more => Duration::from_millis(100 << more.min(8)),
-    };
-    doubling
-        .max(retry_after.unwrap_or_default())
-        .min(LONGEST_PAUSE)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_first_try_does_not_wait() {
-        assert_eq!(pause(1, None), Duration::ZERO);
-        assert!(pause(2, None) > pause(1, None));
-        assert_eq!(
-            pause(1, Some(Duration::from_secs(2))),
-            Duration::from_secs(2)
-        );
-        assert_eq!(pause(5, Some(Duration::from_mins(15))), LONGEST_PAUSE);
-    }
 }
