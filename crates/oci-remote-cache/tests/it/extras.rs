@@ -322,39 +322,46 @@ fn limited(blob: &Content, (limit, status): (usize, u16), crowd: &Arc<Crowd>) ->
     })
 }
 
-/// An upstream that takes three connections at a time, and refuses the fourth for a minute: three go on, it is not asked again and
-/// again, and what else is asked there meanwhile is not kept waiting.
+/// An upstream that takes so many connections at a time and refuses others for a minute, and a cache that pulls a large blob from it.
+async fn pull_in_a_crowd(limit: usize, status: u16, seed: usize) -> Arc<Crowd> {
+    let registry = Registry::start().await;
+    let cache = cache().upstream(Upstream::new("up0", registry.url()));
+    let cache = cache.start().await;
+    let blob = Content::blob(SIZE, &format!("crowded {seed}"));
+    let other = Content::blob(1000, "meanwhile");
+    registry.put_blob(REPO, &blob);
+    registry.put_blob(REPO, &other);
+    let crowd = Arc::new(Crowd::default());
+    let large = Matcher::blobs().of(blob.digest);
+    registry.script(large, limited(&blob, (limit, status), &crowd));
+    let (request, port) = (whole(0, &blob), cache.port());
+    let mut pull = JoinSet::new();
+    pull.spawn(async move { request.send(port).await });
+    let refused = || crowd.refused.load(Ordering::SeqCst) > 0;
+    eventually(Duration::from_secs(10), refused).await;
+    assert_right(&whole(0, &other).send(cache.port()).await, &"meanwhile");
+    for response in pull.join_all().await {
+        assert_right(&response, &status);
+    }
+    cache.check_invariants().await;
+    crowd
+}
+
+/// As many connections go on as were taken; the upstream is not asked for more again and again, and what else is asked there meanwhile is
+/// not kept waiting.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_takes_so_many_connections_gets_so_many() {
     for status in [429, 503] {
-        let registry = Registry::start().await;
-        let cache = cache().upstream(Upstream::new("up0", registry.url()));
-        let cache = cache.start().await;
-        let (blob, other) = (
-            Content::blob(2 * SIZE, "crowded"),
-            Content::blob(1000, "meanwhile"),
-        );
-        registry.put_blob(REPO, &blob);
-        registry.put_blob(REPO, &other);
-        let crowd = Arc::new(Crowd::default());
-        let large = Matcher::blobs().of(blob.digest);
-        registry.script(large, limited(&blob, (3, status), &crowd));
-        let (request, port) = (whole(0, &blob), cache.port());
-        let mut pull = JoinSet::new();
-        pull.spawn(async move { request.send(port).await });
-        let refused = || crowd.refused.load(Ordering::SeqCst) > 0;
-        assert!(eventually(Duration::from_secs(20), refused).await);
-        assert_right(&whole(0, &other).send(cache.port()).await, &"meanwhile");
-        for response in pull.join_all().await {
-            assert_right(&response, &status);
+        let mut crowd = pull_in_a_crowd(2, status, 0).await;
+        for seed in 1..4 {
+            if crowd.refused.load(Ordering::SeqCst) == 0 {
+                // A machine that had no time for a third connection tries none.
+                crowd = pull_in_a_crowd(2, status, seed).await;
+            }
         }
         let refused = crowd.refused.load(Ordering::SeqCst);
-        assert!(refused <= 8, "{status}: refused {refused} times");
+        assert!((1..=8).contains(&refused), "{status}: {refused} refusals");
         let most = crowd.most_after.load(Ordering::SeqCst);
-        assert!(
-            (2..=3).contains(&most),
-            "{status}: {most} connections after"
-        );
-        cache.check_invariants().await;
+        assert_eq!(most, 2, "{status}: connections after a refusal");
     }
 }
