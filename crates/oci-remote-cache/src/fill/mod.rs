@@ -247,18 +247,16 @@ impl Fills {
         })
     }
 
-    /// Remembers that wrong bytes came. If from one place, another is asked next. If from several, nobody knows whose were wrong: all
-    /// come from the first of them next time.
+    /// Remembers that wrong bytes came. If from one place, another is asked next, if there is one. If from several, nobody knows whose were
+    /// wrong: all come from the first of them next time.
     fn avoid(&self, fill: &Fill) {
-        let places = fill.ask.upstream.places();
-        if places > 1 {
-            let place = fill.progress().place;
-            let mixed = fill.givers.load(Ordering::Relaxed).count_ones() > 1;
-            let first = if mixed { place } else { (place + 1) % places };
-            let until = Instant::now() + AVOIDED_FOR;
-            self.avoided
-                .insert(fill.key.clone(), Avoided { first, until });
-        }
+        let places = fill.ask.upstream.places().max(1);
+        let place = fill.progress().place;
+        let mixed = fill.givers.load(Ordering::Relaxed).count_ones() > 1;
+        let first = if mixed { place } else { (place + 1) % places };
+        let until = Instant::now() + AVOIDED_FOR;
+        self.avoided
+            .insert(fill.key.clone(), Avoided { first, until });
     }
 }
 

@@ -216,7 +216,9 @@ impl Upstream {
                 (Fault::BreakerOpen { .. }, Some(met)) => return Err(fail(met)),
                 (fault, _) => Failure { fault, ..failure },
             };
-            if ask.stakes == Stakes::Haste {
+            // That a connection kept from before has been closed meanwhile says nothing.
+            let stale = last.is_none() && matches!(failure.fault, Fault::Broken(_));
+            if ask.stakes == Stakes::Haste && !stale {
                 return Err(fail(failure));
             }
             match tries.after(&failure, deadline.remaining()) {

@@ -35,6 +35,10 @@ pub(super) struct Patience {
     /// Failures in a row since the last byte, and how many are too many.
     failures: u32,
     tries: u32,
+    /// Refusals in a row.
+    refusals: u32,
+    /// The question that is left when others were asked in vain.
+    last: bool,
     /// Failures in a row since an answer that helped, and what the present one has brought.
     slight: u32,
     came: u64,
@@ -47,6 +51,8 @@ pub(super) struct Patience {
 pub(super) enum Failed {
     /// The answer was fine as long as it came.
     BrokeOff,
+    /// It was a plain no.
+    Refused,
     /// There was none, or none that could be used.
     Unanswered,
 }
@@ -64,6 +70,8 @@ impl Patience {
         Self {
             failures: 0,
             tries: TRIES,
+            refusals: 0,
+            last: false,
             slight: 0,
             came: 0,
             broke_here: false,
@@ -74,11 +82,16 @@ impl Patience {
     pub(super) fn note(&mut self, bytes: u64) {
         self.came += bytes;
         (self.failures, self.tries) = (0, TRIES);
+        (self.refusals, self.last) = (0, false);
     }
 
     /// Counts a failed try, and says who may do better.
     pub(super) fn fail(&mut self, how: Failed) -> Whom {
         self.failures += 1;
+        self.refusals = match how {
+            Failed::Refused => self.refusals + 1,
+            Failed::BrokeOff | Failed::Unanswered => 0,
+        };
         let helped = std::mem::take(&mut self.came) >= SLIGHT;
         self.slight = if helped { 1 } else { self.slight + 1 };
         if how == Failed::BrokeOff && !self.broke_here {
@@ -99,6 +112,16 @@ impl Patience {
         self.failures > self.tries || self.slight > SLIGHT_TRIES
     }
 
+    /// Whether it was a plain no twice in a row: once may be an accident, or a matter of how it was asked.
+    pub(super) fn is_refused(&self) -> bool {
+        self.refusals > 1
+    }
+
+    /// Whether there is no other question to ask.
+    pub(super) fn is_at_its_last(&self) -> bool {
+        self.last
+    }
+
     /// Whether another question should be asked, given when the upstream wants to be asked again.
     pub(super) fn wears_thin(&self, retry_after: Option<Duration>) -> bool {
         let told = retry_after.is_some_and(|wait| wait > LONG);
@@ -108,6 +131,7 @@ impl Patience {
     /// Another question is asked from now on, the last one, of one of so many places.
     pub(super) fn begin_again(&mut self, places: usize) {
         (self.failures, self.slight) = (1, 1);
+        (self.refusals, self.last) = (1, true);
         self.tries = LAST_TRIES.max(u32::try_from(places).unwrap_or(u32::MAX));
     }
 
@@ -186,6 +210,19 @@ mod tests {
         assert_eq!(patience.fail(Failed::BrokeOff), Whom::Same, "another place");
         assert_eq!(patience.fail(Failed::Unanswered), Whom::Next);
         assert_eq!(patience.fail(Failed::Unanswered), Whom::Next);
+    }
+
+    #[test]
+    fn a_plain_no_counts_the_second_time() {
+        let mut patience = Patience::new();
+        patience.fail(Failed::BrokeOff);
+        patience.fail(Failed::Refused);
+        assert!(!patience.is_refused());
+        patience.note(1);
+        patience.fail(Failed::Refused);
+        assert!(!patience.is_refused(), "bytes came in between");
+        patience.fail(Failed::Refused);
+        assert!(patience.is_refused());
     }
 
     #[test]

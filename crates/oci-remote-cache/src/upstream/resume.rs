@@ -6,6 +6,7 @@
 //! comes; configured mirrors take turns.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
@@ -18,6 +19,9 @@ use super::{
 };
 use crate::deadline::Deadline;
 use crate::names::CredentialId;
+
+/// How long an extra connection may take to be answered: what it is to bring waits for it.
+const HASTE: Duration = Duration::from_secs(5);
 
 /// Which blob of which repository.
 #[derive(Clone, Debug)]
@@ -54,6 +58,7 @@ pub struct BlobStream {
     end: Option<u64>,
     total: Option<u64>,
     validator: Option<String>,
+    validators: Validators,
     ranges: Ranges,
     role: Role,
     credential: CredentialId,
@@ -75,11 +80,20 @@ enum Role {
     OnTrial,
 }
 
+/// Whether an answer with another validator than the first is another blob's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Validators {
+    Count,
+    /// All was asked for again, and whatever comes is taken: the digest tells whether it is the same blob. Some registries' nodes give each
+    /// their own `ETag`.
+    Ignored,
+}
+
 /// Whether the rest is asked for as a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ranges {
     Asked,
-    /// The last answer to one was a refusal, or did not fit.
+    /// The last answer to one did not fit.
     Unfit,
     LeftOut,
 }
@@ -169,6 +183,7 @@ impl BlobAsk {
             end: None,
             total: None,
             validator: None,
+            validators: Validators::Count,
             ranges: Ranges::Asked,
             role: Role::Sole,
             credential: CredentialId::anonymous(),
@@ -229,6 +244,16 @@ impl BlobStream {
     /// Whether it is on trial and was given nothing yet.
     pub fn is_on_trial(&self) -> bool {
         self.role == Role::OnTrial
+    }
+
+    /// Whether the last answer to a question for a range did not fit, which says more than that there was none.
+    pub fn is_unfit(&self) -> bool {
+        self.ranges == Ranges::Unfit
+    }
+
+    /// Whether nobody else is left to ask in another way.
+    pub fn is_sole(&self) -> bool {
+        self.role == Role::Sole
     }
 
     /// Whether it brings all that comes behind it, since the upstream gives no ranges.
@@ -334,17 +359,17 @@ impl BlobStream {
             Role::Sole | Role::Part => Stakes::Needed,
         };
         let ask = self.ask.ask_for(range, self.ask.place, stakes);
-        match self.ask.upstream.send(&ask, Deadline::for_answer()).await {
+        let deadline = match stakes {
+            Stakes::Haste => Deadline::for_answer().at_most(HASTE),
+            Stakes::Needed => Deadline::for_answer(),
+        };
+        match self.ask.upstream.send(&ask, deadline).await {
             Ok(answer) => {
                 let accepted = self.accept(answer, range);
                 if accepted.is_err() && range.is_some() {
                     self.ranges = Ranges::Unfit;
                 }
                 accepted
-            }
-            Err(error) if range.is_some() && matches!(error.fault(), Fault::RangeRefused) => {
-                self.ranges = Ranges::Unfit;
-                Err(error)
             }
             Err(error) if self.ask.upstream.is_to_strangers(&ask, &error) => {
                 Err(self.broken("a mirror that refuses strangers"))
@@ -377,7 +402,8 @@ impl BlobStream {
         {
             return Err(self.broken("another total length than before"));
         }
-        if let (Some(known), Some(told)) = (self.validator.as_deref(), answer.etag())
+        if self.validators == Validators::Count
+            && let (Some(known), Some(told)) = (self.validator.as_deref(), answer.etag())
             && known != told
             && is_strong(known)
             && is_strong(told)
@@ -406,22 +432,15 @@ impl BlobStream {
         let broke_off = self.body.take().is_some() && matches!(error.fault(), Fault::Broken(_));
         let whom = self.patience.fail(if broke_off {
             Failed::BrokeOff
+        } else if is_refusal(error.fault()) {
+            Failed::Refused
         } else {
             Failed::Unanswered
         });
-        if self.is_on_trial() {
+        if self.is_on_trial() || self.is_hopeless(&error) {
             return Err(error);
         }
-        if self.is_hopeless(&error) {
-            let last = self.role != Role::Sole || self.comes_whole();
-            if last || !error.may_be_of_a_range() {
-                return Err(error);
-            }
-            self.begin_again();
-        } else if self.ranges == Ranges::Unfit {
-            // Another place may know ranges better.
-            self.ranges = Ranges::Asked;
-        }
+        self.choose_question(&error);
         if whom == Whom::Next {
             self.turn();
         }
@@ -431,25 +450,58 @@ impl BlobStream {
         Ok(())
     }
 
-    /// No ranges from here on, and no validator: the digest tells whether it is the same blob.
-    fn begin_again(&mut self) {
-        self.ranges = Ranges::LeftOut;
-        self.validator = None;
-        self.patience.begin_again(self.places());
-    }
-
     /// Whether the same will fail again, as far as one can tell.
     fn is_hopeless(&self, error: &UpstreamError) -> bool {
-        let refused = matches!(
-            error.fault(),
-            Fault::Denied { .. } | Fault::NotFound { .. } | Fault::RangeRefused
-        );
-        match self.ranges {
-            Ranges::Unfit if self.patience.failures() as usize >= self.places() => true,
-            Ranges::Asked if refused && self.places() == 1 => true,
-            Ranges::Asked | Ranges::Unfit => self.patience.wears_thin(error.retry_after()),
-            Ranges::LeftOut => (refused && self.places() == 1) || self.patience.is_over(),
+        if self.patience.is_refused() && self.places() == 1 {
+            return true;
         }
+        match self.role {
+            Role::Sole => {
+                let all_asked = self.patience.is_at_its_last() || !error.may_be_of_a_range();
+                self.patience.is_over() && all_asked
+            }
+            Role::Part | Role::OnTrial => {
+                self.is_unfit_everywhere() || self.patience.wears_thin(error.retry_after())
+            }
+        }
+    }
+
+    /// For the rest or, where nobody else would, for everything. Who refused the one may give the other, and now and then the first again.
+    fn choose_question(&mut self, error: &UpstreamError) {
+        let refused = is_refusal(error.fault()) && self.are_all_asked();
+        let sole = self.role == Role::Sole;
+        match self.ranges {
+            Ranges::Asked | Ranges::Unfit if sole && (refused || self.is_unfit_everywhere()) => {
+                self.leave_ranges_out();
+            }
+            Ranges::Asked | Ranges::Unfit
+                if sole && self.patience.wears_thin(error.retry_after()) =>
+            {
+                self.begin_again();
+            }
+            // Another place may know ranges better.
+            Ranges::Asked | Ranges::Unfit | Ranges::LeftOut => self.ranges = Ranges::Asked,
+        }
+    }
+
+    /// No place has answered with the range that was asked for.
+    fn is_unfit_everywhere(&self) -> bool {
+        self.ranges == Ranges::Unfit && self.are_all_asked()
+    }
+
+    fn are_all_asked(&self) -> bool {
+        self.patience.failures() as usize >= self.places()
+    }
+
+    fn leave_ranges_out(&mut self) {
+        self.ranges = Ranges::LeftOut;
+        self.validators = Validators::Ignored;
+    }
+
+    /// All is asked for, for a last few times.
+    fn begin_again(&mut self) {
+        self.leave_ranges_out();
+        self.patience.begin_again(self.places());
     }
 
     /// Goes on to the next place, if there is one.
@@ -484,4 +536,12 @@ enum Step {
 /// Weak validators say nothing about bytes (RFC 9110 section 8.8.1).
 fn is_strong(etag: &str) -> bool {
     !etag.starts_with("W/")
+}
+
+/// A plain no, to this question at least.
+fn is_refusal(fault: &Fault) -> bool {
+    matches!(
+        fault,
+        Fault::Denied { .. } | Fault::NotFound { .. } | Fault::RangeRefused
+    )
 }

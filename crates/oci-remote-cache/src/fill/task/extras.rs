@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::upstream::{Fault, UpstreamError};
+use crate::upstream::UpstreamError;
 
 /// How long an upstream is left alone that had no time for an extra connection; twice that after the next, and so on.
 const REST: Duration = Duration::from_millis(500);
@@ -43,13 +43,20 @@ pub(super) enum TurnedAway {
     Refused,
 }
 
-impl From<&UpstreamError> for TurnedAway {
-    fn from(error: &UpstreamError) -> Self {
-        let fault = error.fault();
-        if fault.is_outage() && !matches!(fault, Fault::Broken(_)) {
-            Self::Busy(error.retry_after())
-        } else {
-            Self::Refused
+/// What there was in place of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum InPlace {
+    /// An answer that is not of that range.
+    Unfit,
+    /// An error, or nothing.
+    Failure,
+}
+
+impl TurnedAway {
+    pub(super) fn by(error: &UpstreamError, in_place: InPlace) -> Self {
+        match in_place {
+            InPlace::Failure if error.is_outage() => Self::Busy(error.retry_after()),
+            InPlace::Failure | InPlace::Unfit => Self::Refused,
         }
     }
 }

@@ -12,6 +12,7 @@ use oci::Slice;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
+use super::extras::InPlace;
 use super::outbox::{MOST as BATCH, Outbox};
 use crate::fill::plan::Active;
 use crate::fill::{Fill, Fills};
@@ -38,7 +39,7 @@ pub(super) enum Ended {
     /// It gave no more when it was asked for everything either.
     Exhausted(UpstreamError),
     /// The upstream did not answer an extra connection as it should, so nothing was taken over.
-    Unwelcome(UpstreamError),
+    Unwelcome(UpstreamError, InPlace),
     /// It answered an extra connection when most of what that was to bring had come.
     TooLate,
     /// The disk took no more.
@@ -318,8 +319,15 @@ impl Worker {
     async fn refused(&self, error: UpstreamError) -> Ended {
         match self.outbox.written().await {
             Err(error) => Ended::Disk(error),
-            Ok(()) if self.stream.is_on_trial() => Ended::Unwelcome(error),
-            Ok(()) if self.stream.comes_whole() => Ended::Exhausted(error),
+            Ok(()) if self.stream.is_on_trial() => {
+                let in_place = if self.stream.is_unfit() {
+                    InPlace::Unfit
+                } else {
+                    InPlace::Failure
+                };
+                Ended::Unwelcome(error, in_place)
+            }
+            Ok(()) if self.stream.is_sole() => Ended::Exhausted(error),
             Ok(()) => Ended::Refused(error),
         }
     }

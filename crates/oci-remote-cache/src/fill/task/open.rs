@@ -12,7 +12,7 @@ use crate::fill::plan::Appetite;
 use crate::fill::{Alone, Fill, FillError, Fills, Phase};
 use crate::store::spool::Spool;
 use crate::store::usage::Reservation;
-use crate::upstream::resume::BlobStream;
+use crate::upstream::resume::{BlobStream, Mixing};
 use crate::upstream::{Fault, UpstreamError};
 use crate::verdict::Why;
 
@@ -79,7 +79,7 @@ async fn ask(
     deadline: Deadline,
 ) -> Result<BlobStream, UpstreamError> {
     match fill.ask.clone().open(range, deadline).await {
-        Err(error) if range.is_some() && may_be_of_the_range(error.fault()) => {
+        Err(error) if range.is_some() && error.may_be_of_a_range() => {
             everything(fill, deadline).await
         }
         Ok(stream) if range.is_some() && stream.total().is_none() => {
@@ -101,14 +101,6 @@ async fn everything(fill: &Fill, deadline: Deadline) -> Result<BlobStream, Upstr
         return fill.ask.clone().open(None, deadline).await;
     }
     answered
-}
-
-/// Whether the same question without a range may be answered.
-fn may_be_of_the_range(fault: &Fault) -> bool {
-    matches!(
-        fault,
-        Fault::RangeRefused | Fault::Denied { .. } | Fault::Status(_)
-    )
 }
 
 /// The pieces kept from an earlier transfer. That there was one says nothing about what is wanted now: a lazy client that comes again
@@ -168,6 +160,9 @@ fn first_range(fill: &Fill, kept: Option<&Spool>) -> Option<Slice> {
             end: size,
         };
         return spool.gaps(wanted).first().copied().or(Some(last));
+    }
+    if fill.ask.mixing == Mixing::Refused {
+        return None;
     }
     let size = fill.told?.size;
     fill.first_wanted(Some(size).filter(|&size| size > fill.always_whole())?)

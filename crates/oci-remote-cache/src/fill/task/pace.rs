@@ -28,6 +28,8 @@ pub(super) struct Pace {
     /// The most that have worked at once.
     most: usize,
     growing: bool,
+    /// Not all of the connections that were added last work yet.
+    settling: bool,
     window: Instant,
     bytes: u64,
     before: u64,
@@ -45,6 +47,7 @@ impl Pace {
             share: 1,
             most: 1,
             growing: true,
+            settling: false,
             window: now,
             bytes: 0,
             before: 0,
@@ -74,11 +77,21 @@ impl Pace {
     pub(super) fn shrink(&mut self, working: usize) {
         self.share = working.max(1);
         self.growing = false;
+        self.settling = false;
     }
 
-    /// So many work now.
-    pub(super) fn note_working(&mut self, working: usize) {
+    /// So many work now, after `arrived` bytes in all. What more connections bring is measured from when they all do.
+    pub(super) fn note_working(&mut self, working: usize, now: Instant, arrived: u64) {
         self.most = self.most.max(working);
+        if self.settling && working >= self.share {
+            self.settling = false;
+            self.begin_window(now, arrived);
+        }
+    }
+
+    fn begin_window(&mut self, now: Instant, arrived: u64) {
+        (self.window, self.bytes) = (now, arrived);
+        (self.waited, self.late) = (Duration::ZERO, None);
     }
 
     /// One more may be tried, up to as many as have worked before.
@@ -102,7 +115,7 @@ impl Pace {
         self.tick = now + TICK;
         self.late = Some(self.late.map_or(late, |least| least.min(late)));
         let elapsed = now.saturating_duration_since(self.window);
-        if elapsed < WINDOW {
+        if elapsed < WINDOW || self.settling {
             return;
         }
         let came = arrived.saturating_sub(self.bytes);
@@ -110,10 +123,9 @@ impl Pace {
             / u64::try_from(elapsed.as_millis())
                 .unwrap_or(u64::MAX)
                 .max(1);
-        let busy = self.late.take().is_some_and(|late| late > LATE);
-        let narrow = std::mem::take(&mut self.waited) > elapsed / 2 && !busy;
-        self.window = now;
-        self.bytes = arrived;
+        let busy = self.late.is_some_and(|late| late > LATE);
+        let narrow = self.waited > elapsed / 2 && !busy;
+        self.begin_window(now, arrived);
         if rate == 0 || !self.growing || !narrow || missing / rate < SOON {
             self.before = rate;
             return;
@@ -125,6 +137,7 @@ impl Pace {
         } else if first || rate > self.before + self.before / 4 {
             self.before = rate;
             self.share *= 2;
+            self.settling = true;
         } else {
             self.growing = false;
         }
@@ -156,6 +169,7 @@ mod tests {
                 now += WINDOW;
                 pace.tick = now;
                 arrived += rate(pace.share()) / 2;
+                pace.note_working(pace.share(), now - WINDOW, arrived - rate(pace.share()) / 2);
                 pace.measure(now, (arrived, size - arrived), waited);
                 pace.share()
             })
@@ -197,11 +211,34 @@ mod tests {
                 pace.tick = now + WINDOW / 3;
                 now = pace.tick + Duration::from_millis(*late);
                 pace.measure(now, (tick * MIB, 1000 * MIB), WINDOW / 3);
+                pace.note_working(pace.share(), now, tick * MIB);
             }
             pace.share()
         };
         assert_eq!(share_when_late([80, 70, 60, 90]), 1);
         assert!(share_when_late([80, 0, 60, 90]) > 1);
+    }
+
+    #[test]
+    fn a_step_is_judged_once_all_of_it_works() {
+        let mut now = Instant::now();
+        let mut pace = Pace::new(now);
+        let mut arrived = 0;
+        let mut window = |pace: &mut Pace, working: u64, answered: usize| {
+            now += WINDOW;
+            pace.tick = now;
+            arrived += working * 6 * MIB;
+            pace.measure(now, (arrived, 1000 * MIB), WINDOW);
+            pace.note_working(answered, now, arrived);
+            pace.share()
+        };
+        assert_eq!(window(&mut pace, 1, 1), 1);
+        assert_eq!(window(&mut pace, 1, 1), 2);
+        for _ in 0..5 {
+            assert_eq!(window(&mut pace, 1, 1), 2, "the second is not answered");
+        }
+        assert_eq!(window(&mut pace, 1, 2), 2, "now it is");
+        assert_eq!(window(&mut pace, 2, 2), 4);
     }
 
     #[test]
@@ -212,7 +249,7 @@ mod tests {
     #[test]
     fn what_worked_before_may_be_tried_again() {
         let mut pace = Pace::new(Instant::now());
-        pace.note_working(4);
+        pace.note_working(4, Instant::now(), 0);
         pace.shrink(2);
         assert_eq!(pace.share(), 2);
         for share in [3, 4, 4] {

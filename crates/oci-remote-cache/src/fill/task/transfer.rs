@@ -11,7 +11,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
-use super::extras::{Extras, Record, TurnedAway};
+use super::extras::{Extras, InPlace, Record, TurnedAway};
 use super::fetch::{Ended, Fetch, Shared, UNKNOWN};
 use super::pace::Pace;
 use super::{Outcome, on_disk};
@@ -20,7 +20,7 @@ use crate::fill::{Alone, Fill, FillError, Fills};
 use crate::store::spool::{PrefixHash, Spool};
 use crate::store::usage::Reservation;
 use crate::upstream::UpstreamError;
-use crate::upstream::resume::BlobStream;
+use crate::upstream::resume::{BlobStream, Mixing};
 use crate::verdict::Why;
 
 /// How long a fill that nobody reads goes on when it is neither small nor half in.
@@ -111,7 +111,7 @@ impl Transfer {
             fetches: FuturesUnordered::new(),
             turn: Turn::NotWanted,
             pace: Pace::new(Instant::now()),
-            ranges: Ranges::Given,
+            ranges: first_question(fill),
             extras: Extras::Welcome,
             disk_fault: DiskFault::None,
         }
@@ -128,7 +128,7 @@ impl Transfer {
             self.ranges = Ranges::NotGiven;
         }
         let end = match self.size.and_then(|size| self.only_wanted(size)) {
-            _ if stream.comes_whole() => all,
+            _ if self.ranges == Ranges::NotGiven => all,
             Some(wanted) if wanted.start <= at && at < wanted.end => wanted.end.min(all),
             Some(_) => at,
             None => all,
@@ -247,8 +247,8 @@ impl Transfer {
         let Some(size) = self.size else { return };
         while let Some(step) = self.step(size) {
             let (Step::Fetch(slice) | Step::TakeOver { slice, .. }) = step;
-            let beside = !self.fetches.is_empty();
-            if beside && !self.takes_one_more() {
+            let beside = self.fetches.iter().any(Fetch::is_answered);
+            if !self.fetches.is_empty() && !self.takes_one_more() {
                 break;
             }
             let Some(place) = self.spare_place() else {
@@ -375,7 +375,7 @@ impl Transfer {
             }
             Ended::Refused(error) | Ended::Exhausted(error) if !self.fetches.is_empty() => {
                 tracing::info!(%error, "a connection failed; going on with fewer");
-                self.with_fewer((&error).into());
+                self.with_fewer(TurnedAway::by(&error, InPlace::Failure));
                 Flow::On
             }
             Ended::Refused(error) if self.size.is_some() && error.may_be_of_a_range() => {
@@ -384,9 +384,9 @@ impl Transfer {
                 Flow::On
             }
             Ended::Refused(error) | Ended::Exhausted(error) => self.gave_up(error),
-            Ended::Unwelcome(error) => {
+            Ended::Unwelcome(error, in_place) => {
                 tracing::info!(%error, "an extra connection is not welcome; going on without");
-                self.with_fewer((&error).into());
+                self.with_fewer(TurnedAway::by(&error, in_place));
                 Flow::On
             }
             Ended::TooLate => {
@@ -491,7 +491,8 @@ impl Transfer {
             reservation.grow(needed.saturating_sub(reservation.bytes()));
         }
         self.pace.measure(now, (self.spool.total(), missing), each);
-        self.pace.note_working(self.working());
+        self.pace
+            .note_working(self.working(), now, self.spool.total());
         if self.extras.are_welcome(now) {
             self.pace.regrow();
         }
@@ -526,5 +527,13 @@ impl Transfer {
     /// A blob whose size nobody told has grown past what is kept.
     fn is_too_large(&self) -> bool {
         self.size.is_none() && self.spool.total() > self.fills.store.max_blob()
+    }
+}
+
+/// Where wrong bytes came before, all are asked for in the plainest way: some upstreams answer that one right, and ranges wrong.
+fn first_question(fill: &Fill) -> Ranges {
+    match fill.ask.mixing {
+        Mixing::Allowed => Ranges::Given,
+        Mixing::Refused => Ranges::NotGiven,
     }
 }
