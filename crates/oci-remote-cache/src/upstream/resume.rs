@@ -430,17 +430,18 @@ impl BlobStream {
     /// Notes a failed try; `Err` when there were too many, or when trying again cannot help.
     fn stumble(&mut self, error: UpstreamError) -> Result<(), UpstreamError> {
         let broke_off = self.body.take().is_some() && matches!(error.fault(), Fault::Broken(_));
-        let whom = self.patience.fail(if broke_off {
+        let failed = if broke_off {
             Failed::BrokeOff
         } else if is_refusal(error.fault()) {
             Failed::Refused
         } else {
             Failed::Unanswered
-        });
+        };
+        let whom = self.patience.fail(failed);
         if self.is_on_trial() || self.is_hopeless(&error) {
             return Err(error);
         }
-        self.choose_question(&error);
+        self.choose_question(failed, &error);
         if whom == Whom::Next {
             self.turn();
         }
@@ -457,7 +458,9 @@ impl BlobStream {
         }
         match self.role {
             Role::Sole => {
-                let all_asked = self.patience.is_at_its_last() || !error.may_be_of_a_range();
+                let all_asked = self.patience.is_at_its_last()
+                    || self.ranges == Ranges::LeftOut
+                    || !error.may_be_of_a_range();
                 self.patience.is_over() && all_asked
             }
             Role::Part | Role::OnTrial => {
@@ -467,8 +470,8 @@ impl BlobStream {
     }
 
     /// For the rest or, where nobody else would, for everything. Who refused the one may give the other, and now and then the first again.
-    fn choose_question(&mut self, error: &UpstreamError) {
-        let refused = is_refusal(error.fault()) && self.are_all_asked();
+    fn choose_question(&mut self, failed: Failed, error: &UpstreamError) {
+        let refused = failed == Failed::Refused && self.are_all_asked();
         let sole = self.role == Role::Sole;
         match self.ranges {
             Ranges::Asked | Ranges::Unfit if sole && (refused || self.is_unfit_everywhere()) => {
@@ -479,6 +482,7 @@ impl BlobStream {
             {
                 self.begin_again();
             }
+            Ranges::LeftOut if failed == Failed::Unanswered => {}
             // Another place may know ranges better.
             Ranges::Asked | Ranges::Unfit | Ranges::LeftOut => self.ranges = Ranges::Asked,
         }
