@@ -128,7 +128,7 @@ impl ServeOptions {
         self
     }
 
-    /// Adds a header line.
+    /// Adds a header line, in place of the usual one of that name.
     #[must_use]
     pub fn header(mut self, name: &str, value: &str) -> Self {
         self.headers.push((name.to_owned(), value.to_owned()));
@@ -349,6 +349,13 @@ pub(crate) async fn send_blob(
         let range = format!("bytes {start}-{}/{}", stop - 1, data.len());
         headers.push(("Content-Range".to_owned(), range));
     }
+    let given = |name: &str| {
+        options
+            .headers
+            .iter()
+            .any(|(own, _)| own.eq_ignore_ascii_case(name))
+    };
+    headers.retain(|(name, _)| !given(name));
     headers.extend(options.headers.iter().cloned());
     exchange.head(code, &headers).await;
     if exchange.method() != "HEAD" {

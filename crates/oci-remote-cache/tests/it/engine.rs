@@ -612,7 +612,7 @@ fn only_whole(blob: &Content, status: u16) -> Handler {
 /// An upstream that refuses ranges, in whatever words, still gives what pieces were kept of.
 #[tokio::test(flavor = "multi_thread")]
 async fn kept_pieces_ask_for_no_more_than_the_upstream_knows() {
-    for status in [400, 403, 416, 501, 503] {
+    for status in [400, 403, 404, 416, 501, 503] {
         let (registry, cache, blob, client) = two_thirds_in().await;
         cache.kill9().await;
         client.abort();

@@ -13,7 +13,7 @@ use testbed::{
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use crate::stage::{REPO, cache};
+use crate::stage::{AFTER_A_FAILURE, REPO, cache};
 
 const MIB: u64 = 1 << 20;
 
@@ -369,4 +369,107 @@ async fn who_takes_so_many_connections_gets_so_many() {
         let most = crowd.most_after.load(Ordering::SeqCst);
         assert_eq!(most, 2, "{status}: connections after a refusal");
     }
+}
+
+/// The blob, slowly; the first question for a range finds a closed connection.
+fn closing_once(blob: &Content) -> Handler {
+    let (blob, dropped) = (blob.clone(), AtomicUsize::new(0));
+    Handler::new(move |exchange: Exchange| {
+        // Once more at once, as it is asked again for a connection that was kept too long.
+        let closes = asked_range(&exchange, blob.size()).is_some()
+            && dropped.fetch_add(1, Ordering::SeqCst) < 2;
+        let handler = if closes {
+            faults::drop_connection()
+        } else {
+            faults::serve(&blob, ServeOptions::new().rate(RATE / 2))
+        };
+        async move { handler.call(exchange).await }
+    })
+}
+
+/// That a connection was closed says nothing about ranges: others are tried after a while.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_connection_keeps_no_others_away() {
+    let mut served = 0;
+    for seed in 0..4 {
+        if served > 1 {
+            break;
+        }
+        let registry = Registry::start().await;
+        let cache = cache().upstream(Upstream::new("up0", registry.url()));
+        let cache = cache.start().await;
+        let blob = Content::blob(2 * SIZE, &format!("closed {seed}"));
+        registry.put_blob(REPO, &blob);
+        registry.script((Kind::Blob, "GET"), closing_once(&blob));
+        assert_right(&whole(0, &blob).send(cache.port()).await, &"closed once");
+        let gets = registry.entries((Kind::Blob, "GET"));
+        served = gets.iter().filter(|entry| entry.status == 206).count();
+        cache.check_invariants().await;
+    }
+    assert!(served > 1, "it went on alone");
+}
+
+/// After wrong bytes the blob is asked for in the plainest way, on one connection: ranges may have been what was wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_wrong_bytes_one_plain_question_is_asked() {
+    let registry = Registry::start().await;
+    let cache = cache().upstream(Upstream::new("up0", registry.url()));
+    let cache = cache.start().await;
+    let blob = Content::blob(SIZE, "wrong at first");
+    registry.put_blob(REPO, &blob);
+    registry.script(
+        Matcher::blobs().once(),
+        faults::serve(&blob, ServeOptions::new().data(blob.spoiled())),
+    );
+    let wrong = whole(0, &blob).send(cache.port()).await;
+    assert!(wrong.is_refused(), "{wrong}");
+    registry.clear_log();
+    registry.script(
+        (Kind::Blob, "GET"),
+        faults::serve(&blob, ServeOptions::new().rate(RATE)),
+    );
+    sleep(AFTER_A_FAILURE).await;
+    assert_right(&whole(0, &blob).send(cache.port()).await, &"right now");
+    assert_eq!(registry.count((Kind::Blob, "GET")), 1);
+    cache.check_invariants().await;
+}
+
+/// A blob of which a plain question brings no more than half, and of which ranges are given from the second question on.
+fn half_or_range(blob: &Content, first: Handler) -> Handler {
+    let (blob, asked) = (blob.clone(), AtomicUsize::new(0));
+    let answers = AtomicUsize::new(0);
+    Handler::new(move |exchange: Exchange| {
+        let etag = format!("\"{}\"", answers.fetch_add(1, Ordering::SeqCst) % 2);
+        let options = ServeOptions::new().header("ETag", &etag);
+        let handler = match asked_range(&exchange, blob.size()) {
+            None => faults::serve(&blob, options.stop_at(blob.size() / 2)),
+            Some(_) if asked.fetch_add(1, Ordering::SeqCst) == 0 => first.clone(),
+            Some(_) => faults::serve(&blob, options),
+        };
+        async move { handler.call(exchange).await }
+    })
+}
+
+/// A range that is refused once, or whose answer comes from a node with a validator of its own, is asked for again when all else fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_refused_once_is_asked_for_again() {
+    let registry = Registry::start().await;
+    let cache = cache().upstream(Upstream::new("up0", registry.url()));
+    let cache = cache.start().await;
+    for first in [404, 416, 200] {
+        let blob = Content::blob(1 << 20, &format!("refused once by {first}"));
+        registry.put_blob(REPO, &blob);
+        let refusal = if first == 200 {
+            faults::serve(&blob, ServeOptions::new().header("ETag", "\"another\""))
+        } else {
+            faults::error(first, "UNKNOWN", &[])
+        };
+        let gets = Matcher::blobs().of(blob.digest);
+        registry.script(gets, half_or_range(&blob, refusal));
+        registry.clear_log();
+        assert_right(&whole(0, &blob).send(cache.port()).await, &first);
+        let asked = registry.count((Kind::Blob, "GET"));
+        assert!((4..=6).contains(&asked), "{first}: asked {asked} times");
+    }
+    cache.check_invariants().await;
 }
