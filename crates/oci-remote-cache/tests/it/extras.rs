@@ -23,6 +23,9 @@ const SIZE: usize = 40 << 20;
 /// What one connection brings in a second: little enough that another one is tried.
 const RATE: u64 = 8 * MIB;
 
+/// How long a client waits for all of it: an upstream that says "in a second" to each try is asked for a while.
+const PATIENCE: Duration = Duration::from_secs(90);
+
 /// What may be on its way when a connection is closed.
 const IN_A_SOCKET: u64 = 8 * MIB;
 
@@ -84,7 +87,9 @@ async fn stage(kinds: &[Ranges]) -> (CacheProcess, Vec<(Registry, Content)>) {
 }
 
 fn whole(index: usize, blob: &Content) -> Request {
-    Request::get(&blob_path(&format!("up{index}"), REPO, blob.digest)).compare(&blob.data)
+    Request::get(&blob_path(&format!("up{index}"), REPO, blob.digest))
+        .compare(&blob.data)
+        .timeout(PATIENCE)
 }
 
 fn assert_right(response: &Response, about: &dyn std::fmt::Debug) {
