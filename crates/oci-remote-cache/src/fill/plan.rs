@@ -109,7 +109,7 @@ pub fn next(view: &View<'_>) -> Option<Step> {
         .or_else(|| straggler(view))
 }
 
-/// Whoever asks for all has all read to it: one connection brings whatever is missing, at the price of what is here already.
+/// One connection brings whatever is missing, from the first gap to the last, and with it what is here already.
 fn from_the_beginning(view: &View<'_>) -> Option<Step> {
     let wanted = view.active.is_empty() && !unassigned(view).is_empty();
     let (first, last) = (view.gaps.first()?, view.gaps.last()?);

@@ -40,7 +40,7 @@ impl Upstream {
         }
     }
 
-    /// The same, beginning with the place the question names; tells which place answered.
+    /// Asks, beginning with the place that the question names; tells which place answered.
     pub(super) async fn ask_from(
         &self,
         mut ask: Ask,

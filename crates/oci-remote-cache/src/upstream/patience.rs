@@ -37,7 +37,7 @@ pub(super) struct Patience {
     tries: u32,
     /// Refusals in a row.
     refusals: u32,
-    /// The question that is left when others were asked in vain.
+    /// The question that is left when others were asked in vain, until an answer helps.
     last: bool,
     /// Failures in a row since an answer that helped, and what the present one has brought.
     slight: u32,
@@ -82,7 +82,10 @@ impl Patience {
     pub(super) fn note(&mut self, bytes: u64) {
         self.came += bytes;
         (self.failures, self.tries) = (0, TRIES);
-        (self.refusals, self.last) = (0, false);
+        self.refusals = 0;
+        if self.came >= SLIGHT {
+            self.last = false;
+        }
     }
 
     /// Counts a failed try, and says who may do better.
@@ -200,6 +203,16 @@ mod tests {
         }
         assert_eq!(answers, SLIGHT_TRIES + 1);
         assert_eq!(patience.pause(None), pause(SLIGHT_PAUSE, None));
+    }
+
+    #[test]
+    fn next_to_nothing_buys_no_other_last_question() {
+        let mut patience = Patience::new();
+        patience.begin_again(1);
+        patience.note(SLIGHT - 1);
+        assert!(patience.is_at_its_last());
+        patience.note(1);
+        assert!(!patience.is_at_its_last());
     }
 
     #[test]

@@ -39,8 +39,8 @@ pub enum Stakes {
     /// Somebody waits for it: it is tried again, and what it meets is remembered of the place.
     #[default]
     Needed,
-    /// Only time, for the same comes on another connection anyway. It is tried once; who refuses it may want no more connections, which
-    /// is no reason to keep other requests away.
+    /// Only time, for the same comes on another connection anyway. It is tried once, and again only for a connection that was closed
+    /// before an answer; who refuses it may want no more connections, which is no reason to keep other requests away.
     Haste,
 }
 

@@ -251,7 +251,7 @@ impl BlobStream {
         self.ranges == Ranges::Unfit
     }
 
-    /// Whether nobody else is left to ask in another way.
+    /// Whether all that can be tried was tried when it gives up: nobody decides for it.
     pub fn is_sole(&self) -> bool {
         self.role == Role::Sole
     }
@@ -478,7 +478,9 @@ impl BlobStream {
                 self.leave_ranges_out();
             }
             Ranges::Asked | Ranges::Unfit
-                if sole && self.patience.wears_thin(error.retry_after()) =>
+                if sole
+                    && !self.patience.is_at_its_last()
+                    && self.patience.wears_thin(error.retry_after()) =>
             {
                 self.begin_again();
             }

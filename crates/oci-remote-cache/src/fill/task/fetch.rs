@@ -36,7 +36,7 @@ pub(super) enum Ended {
     Complete { position: u64, last: bool },
     /// The upstream gave no more of the range, however often it was asked.
     Refused(UpstreamError),
-    /// It gave no more when it was asked for everything either.
+    /// It gave no more in any way it can be asked.
     Exhausted(UpstreamError),
     /// The upstream did not answer an extra connection as it should, so nothing was taken over.
     Unwelcome(UpstreamError, InPlace),
