@@ -238,7 +238,13 @@ pub fn held(gate: &Gate) -> Handler {
 
 /// Everything, in chunks and without a length.
 pub fn chunked(content: &Content) -> Handler {
-    let data = content.data.clone();
+    chunked_until(content, content.data.len(), Ending::Close)
+}
+
+/// The same as far as this offset, then this ending in place of the last chunk; at the blob's end the last chunk comes.
+pub fn chunked_until(content: &Content, offset: usize, ending: Ending) -> Handler {
+    let whole = offset == content.data.len();
+    let data = content.data.slice(..offset);
     Handler::new(move |mut exchange| {
         let data = data.clone();
         Box::pin(async move {
@@ -250,7 +256,11 @@ pub fn chunked(content: &Content) -> Handler {
                 exchange.raw(part).await;
                 exchange.raw(b"\r\n").await;
             }
-            exchange.raw(b"0\r\n\r\n").await;
+            if whole {
+                exchange.raw(b"0\r\n\r\n").await;
+            } else {
+                end(&mut exchange, ending).await;
+            }
         })
     })
 }

@@ -13,15 +13,16 @@ use futures_util::FutureExt as _;
 use oci::{AnyDigest, RepositoryName, Slice};
 use tokio::time::{Instant, sleep_until};
 
-use super::patience::{Failed, Patience, Whom, pause};
+use super::patience::{Failed, Patience, Whom, haste, pause};
 use super::{
     Answer, Ask, Body, Fault, Identity, Method, Mirrors, Resource, Stakes, Upstream, UpstreamError,
 };
 use crate::deadline::Deadline;
 use crate::names::CredentialId;
 
-/// How long an extra connection may take to be answered: what it is to bring waits for it.
-const HASTE: Duration = Duration::from_secs(5);
+/// The end of a range that goes on to the end of a blob of unknown size: a server takes an end that is beyond the blob's for that
+/// (RFC 9110 section 14.1.2), and it fits the signed 64 bits that some of them count with.
+const BEYOND: u64 = i64::MAX as u64;
 
 /// Which blob of which repository.
 #[derive(Clone, Debug)]
@@ -57,7 +58,7 @@ pub struct BlobStream {
     position: u64,
     end: Option<u64>,
     total: Option<u64>,
-    validator: Option<String>,
+    opening: Opening,
     validators: Validators,
     ranges: Ranges,
     role: Role,
@@ -67,6 +68,15 @@ pub struct BlobStream {
     patience: Patience,
     trouble: Option<UpstreamError>,
     not_before: Option<Instant>,
+}
+
+/// What a blob's first answer told of those that follow.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Opening {
+    /// Its strong validator: what comes later must have the same.
+    pub validator: Option<String>,
+    /// How long it took from the question to the headers.
+    pub took: Duration,
 }
 
 /// What depends on a stream.
@@ -124,9 +134,11 @@ impl BlobAsk {
         range: Option<Slice>,
         deadline: Deadline,
     ) -> Result<BlobStream, UpstreamError> {
+        let asked = Instant::now();
         let (answer, place) = self.first_answer(range, deadline).await?;
         self.place = place;
         let mut stream = self.stream(range.map_or(0, |range| range.start));
+        stream.opening.took = asked.elapsed();
         if let Err(error) = stream.accept(answer, range) {
             if range.is_none() {
                 return Err(error);
@@ -167,12 +179,12 @@ impl BlobAsk {
         self.upstream.broken(&self.ask(None, self.place), what)
     }
 
-    /// A stream of `slice` of a blob of `total` bytes that is opened when its first byte is wanted. What comes must have `validator`.
-    pub fn later(self, slice: Slice, total: u64, validator: Option<String>) -> BlobStream {
+    /// A stream of `slice` of a blob of `total` bytes that is opened when its first byte is wanted, after another one's `opening`.
+    pub fn later(self, slice: Slice, total: u64, opening: Opening) -> BlobStream {
         BlobStream {
             end: Some(slice.end),
             total: Some(total),
-            validator,
+            opening,
             ..self.stream(slice.start)
         }
     }
@@ -182,7 +194,7 @@ impl BlobAsk {
             position,
             end: None,
             total: None,
-            validator: None,
+            opening: Opening::default(),
             validators: Validators::Count,
             ranges: Ranges::Asked,
             role: Role::Sole,
@@ -266,9 +278,9 @@ impl BlobStream {
         self.ask.place
     }
 
-    /// The strong validator of the first answer.
-    pub fn validator(&self) -> Option<&str> {
-        self.validator.as_deref()
+    /// What the first answer told.
+    pub fn opening(&self) -> &Opening {
+        &self.opening
     }
 
     /// Ends the stream before `end`, if it would have gone further.
@@ -349,20 +361,13 @@ impl BlobStream {
             sleep_until(moment).await;
             self.not_before = None;
         }
-        let rest = self.end.map(|end| Slice {
-            start: self.position,
-            end,
-        });
-        let range = rest.filter(|_| self.ranges != Ranges::LeftOut);
-        let stakes = match self.role {
-            Role::OnTrial => Stakes::Haste,
-            Role::Sole | Role::Part => Stakes::Needed,
+        let range = self.rest().filter(|_| self.ranges != Ranges::LeftOut);
+        let (stakes, limit) = match self.role {
+            Role::OnTrial => (Stakes::Haste, haste(self.opening.took)),
+            Role::Sole | Role::Part => (Stakes::Needed, self.patience.wait(self.opening.took)),
         };
         let ask = self.ask.ask_for(range, self.ask.place, stakes);
-        let deadline = match stakes {
-            Stakes::Haste => Deadline::for_answer().at_most(HASTE),
-            Stakes::Needed => Deadline::for_answer(),
-        };
+        let deadline = Deadline::for_answer().at_most(limit);
         match self.ask.upstream.send(&ask, deadline).await {
             Ok(answer) => {
                 let accepted = self.accept(answer, range);
@@ -376,6 +381,13 @@ impl BlobStream {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// What is missing of a blob that has begun; of one that has not, if its size is known.
+    fn rest(&self) -> Option<Slice> {
+        let start = self.position;
+        let end = self.end.or_else(|| (start > 0).then_some(BEYOND))?;
+        Some(Slice { start, end })
     }
 
     /// Takes an answer as the continuation at our offset, if it is one. `asked` is the range that was asked for, if one was.
@@ -403,7 +415,7 @@ impl BlobStream {
             return Err(self.broken("another total length than before"));
         }
         if self.validators == Validators::Count
-            && let (Some(known), Some(told)) = (self.validator.as_deref(), answer.etag())
+            && let (Some(known), Some(told)) = (self.opening.validator.as_deref(), answer.etag())
             && known != told
             && is_strong(known)
             && is_strong(told)
@@ -411,7 +423,9 @@ impl BlobStream {
             return Err(self.broken("another ETag than before"));
         }
         self.total = self.total.or(total);
-        self.validator = self
+        self.end = self.end.or(self.total);
+        let opening = &mut self.opening;
+        opening.validator = opening
             .validator
             .take()
             .or_else(|| answer.etag().map(str::to_owned));
@@ -516,7 +530,7 @@ impl BlobStream {
         if places > 1 {
             // Another place has another validator; the total and, in the end, the digest still decide.
             self.ask.place = (self.ask.place + 1) % places;
-            self.validator = None;
+            self.opening.validator = None;
         }
     }
 

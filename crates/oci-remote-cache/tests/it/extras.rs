@@ -307,8 +307,27 @@ impl Crowd {
     }
 }
 
-/// The blob, slowly, for as many as `limit` at a time; others get `status`.
-fn limited(blob: &Content, (limit, status): (usize, u16), crowd: &Arc<Crowd>) -> Handler {
+/// What becomes of a connection too many.
+#[derive(Clone, Copy, Debug)]
+enum TooMany {
+    Refused(u16),
+    /// It is left without an answer.
+    Hangs,
+}
+
+impl TooMany {
+    fn handler(self) -> Handler {
+        match self {
+            Self::Refused(status) => {
+                faults::error(status, "TOOMANYREQUESTS", &[("Retry-After", "60")])
+            }
+            Self::Hangs => faults::silent(),
+        }
+    }
+}
+
+/// The blob, slowly, for as many as `limit` at a time.
+fn limited(blob: &Content, (limit, too_many): (usize, TooMany), crowd: &Arc<Crowd>) -> Handler {
     let (blob, crowd) = (blob.clone(), Arc::clone(crowd));
     Handler::new(move |exchange: Exchange| {
         let (blob, crowd) = (blob.clone(), Arc::clone(&crowd));
@@ -316,7 +335,7 @@ fn limited(blob: &Content, (limit, status): (usize, u16), crowd: &Arc<Crowd>) ->
             let open = crowd.open.fetch_add(1, Ordering::SeqCst) + 1;
             let handler = if open > limit {
                 crowd.refused.fetch_add(1, Ordering::SeqCst);
-                faults::error(status, "TOOMANYREQUESTS", &[("Retry-After", "60")])
+                too_many.handler()
             } else {
                 crowd.note(open);
                 faults::serve(&blob, ServeOptions::new().rate(RATE / 2))
@@ -327,8 +346,8 @@ fn limited(blob: &Content, (limit, status): (usize, u16), crowd: &Arc<Crowd>) ->
     })
 }
 
-/// An upstream that takes so many connections at a time and refuses others for a minute, and a cache that pulls a large blob from it.
-async fn pull_in_a_crowd(limit: usize, status: u16, seed: usize) -> Arc<Crowd> {
+/// An upstream that takes so many connections at a time and no others, and a cache that pulls a large blob from it.
+async fn pull_in_a_crowd(limit: usize, too_many: TooMany, seed: usize) -> Arc<Crowd> {
     let registry = Registry::start().await;
     let cache = cache().upstream(Upstream::new("up0", registry.url()));
     let cache = cache.start().await;
@@ -338,7 +357,7 @@ async fn pull_in_a_crowd(limit: usize, status: u16, seed: usize) -> Arc<Crowd> {
     registry.put_blob(REPO, &other);
     let crowd = Arc::new(Crowd::default());
     let large = Matcher::blobs().of(blob.digest);
-    registry.script(large, limited(&blob, (limit, status), &crowd));
+    registry.script(large, limited(&blob, (limit, too_many), &crowd));
     let (request, port) = (whole(0, &blob), cache.port());
     let mut pull = JoinSet::new();
     pull.spawn(async move { request.send(port).await });
@@ -346,16 +365,16 @@ async fn pull_in_a_crowd(limit: usize, status: u16, seed: usize) -> Arc<Crowd> {
     eventually(Duration::from_secs(10), refused).await;
     assert_right(&whole(0, &other).send(cache.port()).await, &"meanwhile");
     for response in pull.join_all().await {
-        assert_right(&response, &status);
+        assert_right(&response, &too_many);
     }
     cache.check_invariants().await;
     crowd
 }
 
 /// The same until one is refused: a machine that has no time for a third connection tries none.
-async fn crowded(limit: usize, status: u16) -> Arc<Crowd> {
+async fn crowded(limit: usize, too_many: TooMany) -> Arc<Crowd> {
     for seed in 0..4 {
-        let crowd = pull_in_a_crowd(limit, status, seed).await;
+        let crowd = pull_in_a_crowd(limit, too_many, seed).await;
         if crowd.refused.load(Ordering::SeqCst) > 0 {
             return crowd;
         }
@@ -367,12 +386,15 @@ async fn crowded(limit: usize, status: u16) -> Arc<Crowd> {
 /// not kept waiting.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_takes_so_many_connections_gets_so_many() {
-    for status in [429, 503] {
-        let crowd = crowded(2, status).await;
+    for too_many in [TooMany::Refused(429), TooMany::Refused(503), TooMany::Hangs] {
+        let crowd = crowded(2, too_many).await;
         let refused = crowd.refused.load(Ordering::SeqCst);
-        assert!((1..=8).contains(&refused), "{status}: {refused} refusals");
+        assert!(
+            (1..=8).contains(&refused),
+            "{too_many:?}: {refused} refusals"
+        );
         let most = crowd.most_after.load(Ordering::SeqCst);
-        assert_eq!(most, 2, "{status}: connections after a refusal");
+        assert_eq!(most, 2, "{too_many:?}: connections after a refusal");
     }
 }
 

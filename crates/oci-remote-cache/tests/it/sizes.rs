@@ -9,7 +9,8 @@ use oci::OCI_MANIFEST;
 use serde_json::json;
 use testbed::cache::{assert_good, blob_path};
 use testbed::{
-    Content, Handler, Kind, Matcher, Registry, Request, ServeOptions, Upstream, eventually, faults,
+    Content, Ending, Handler, Kind, Matcher, Registry, Request, ServeOptions, Upstream, eventually,
+    faults,
 };
 use tokio::time::{Instant, sleep};
 
@@ -100,6 +101,45 @@ async fn a_manifest_tells_the_length_of_what_comes_in_chunks() {
         }
         cache.check_invariants().await;
     }
+}
+
+/// What breaks off without having told its size is continued from there, where the upstream gives ranges; else it comes from the beginning.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_in_chunks_and_breaks_off_is_continued() {
+    const HALF: usize = 3 * MIB / 2;
+    let (registry, cache) = up().await;
+    let untold = format!("bytes {HALF}-{}/*", 3 * MIB - 1);
+    let second = |blob: &Content, how: &str| match how {
+        "ranges" => faults::usual(),
+        "ranges without a size" => {
+            let rest = blob.data.slice(HALF..);
+            faults::status(206, &[("Content-Range", &untold)], rest)
+        }
+        "no ranges" => faults::chunked(blob),
+        _ => faults::error(416, "SIZE_INVALID", &[]),
+    };
+    for (how, asked, status) in [
+        ("ranges", 2, 206),
+        ("ranges without a size", 2, 206),
+        ("no ranges", 2, 200),
+        ("refusals", 3, 416),
+    ] {
+        let blob = Content::blob(3 * MIB, how);
+        registry.put_blob(REPO, &blob);
+        let first = faults::chunked_until(&blob, HALF, Ending::Close);
+        let script = vec![first, second(&blob, how), faults::chunked(&blob)];
+        let gets = Matcher::blobs().method("GET").of(blob.digest);
+        registry.script(gets, faults::sequence(script));
+        registry.clear_log();
+        assert_good(&cache.blob("up", REPO, blob.digest).await, &blob);
+        let entries = registry.entries((Kind::Blob, "GET"));
+        let range = entries[1].header("range").unwrap_or_default();
+        let from_there = range.starts_with(&format!("bytes={HALF}-"));
+        assert!(from_there, "{how}: {range}");
+        let answers = (entries.len(), entries[1].status);
+        assert_eq!(answers, (asked, status), "{how}");
+    }
+    cache.check_invariants().await;
 }
 
 /// A range is answered without the size of the whole, or with the whole in chunks: an end is found all the same, also by who comes later.

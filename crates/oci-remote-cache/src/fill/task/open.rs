@@ -60,10 +60,10 @@ pub(super) async fn open(
         progress.spool = Some(Arc::clone(&spool));
         progress.phase = Phase::Filling;
     });
-    let validator = stream.validator().map(str::to_owned);
+    let opening = stream.opening().clone();
     let known = Known {
         size,
-        validator,
+        opening,
         resumed,
     };
     let mut transfer = Transfer::new(fill, fills, (spool, reservation), known);

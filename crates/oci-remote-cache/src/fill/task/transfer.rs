@@ -20,7 +20,7 @@ use crate::fill::{Alone, Fill, FillError, Fills};
 use crate::store::spool::{PrefixHash, Spool};
 use crate::store::usage::Reservation;
 use crate::upstream::UpstreamError;
-use crate::upstream::resume::{BlobStream, Mixing};
+use crate::upstream::resume::{BlobStream, Mixing, Opening};
 use crate::verdict::Why;
 
 /// How long a fill that nobody reads goes on when it is neither small nor half in.
@@ -34,7 +34,7 @@ pub(super) struct Transfer {
     spool: Arc<Spool>,
     reservation: Option<Reservation>,
     size: Option<u64>,
-    validator: Option<String>,
+    opening: Opening,
     /// Pieces of an earlier transfer are among the bytes.
     resumed: bool,
     fetches: FuturesUnordered<Fetch>,
@@ -49,7 +49,7 @@ pub(super) struct Transfer {
 /// What is known of the blob when its transfer begins.
 pub(super) struct Known {
     pub(super) size: Option<u64>,
-    pub(super) validator: Option<String>,
+    pub(super) opening: Opening,
     /// Pieces of an earlier transfer are among the bytes.
     pub(super) resumed: bool,
 }
@@ -106,7 +106,7 @@ impl Transfer {
             spool,
             reservation: Some(reservation),
             size: known.size,
-            validator: known.validator,
+            opening: known.opening,
             resumed: known.resumed,
             fetches: FuturesUnordered::new(),
             turn: Turn::NotWanted,
@@ -143,11 +143,12 @@ impl Transfer {
         }
     }
 
-    /// A stream that others may work beside, unless the blob is too small for that or there is nothing else to do.
+    /// A stream that others may work beside, unless the blob is too small for that, or not known to be large, or there is nothing else to
+    /// do.
     fn as_one_of_many(&self, stream: BlobStream) -> BlobStream {
-        let small = self.size.is_some_and(|size| size <= SMALL);
+        let large = self.size.is_some_and(|size| size > SMALL);
         match self.ranges {
-            Ranges::Given if !small => stream.part(),
+            Ranges::Given if large => stream.part(),
             Ranges::Given | Ranges::NotGiven => stream,
         }
     }
@@ -255,7 +256,7 @@ impl Transfer {
                 return;
             };
             let ask = self.fill.ask_again();
-            let stream = ask.later(slice, size, self.validator.clone());
+            let stream = ask.later(slice, size, self.opening.clone());
             let stream = match self.ranges {
                 Ranges::Given if beside => stream.on_trial(),
                 Ranges::Given => self.as_one_of_many(stream),
@@ -466,7 +467,7 @@ impl Transfer {
         on_disk(&self.fills, move || discarded.discard()).await;
         Flow::End(Outcome::Alone(Box::new(Alone::midway(
             why,
-            (self.size, self.validator.clone()),
+            (self.size, self.opening.clone()),
             spool,
             *hash,
         ))))
