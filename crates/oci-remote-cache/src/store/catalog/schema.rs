@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 use tracing::warn;
 
@@ -153,6 +154,7 @@ impl Place {
         connection.busy_timeout(BUSY)?;
         connection.pragma_update(None, "query_only", true)?;
         connection.pragma_update(None, "cache_size", -2048)?;
+        plan_once(&connection)?;
         Ok(connection)
     }
 }
@@ -273,7 +275,15 @@ fn configure(connection: &Connection) -> rusqlite::Result<()> {
     connection.pragma_update(None, "wal_autocheckpoint", 0)?;
     connection.pragma_update(None, "journal_size_limit", 64 << 20)?;
     connection.set_prepared_statement_cache_capacity(32);
-    Ok(())
+    plan_once(connection)
+}
+
+/// Keeps a statement's plan whatever is bound to it. Else a join is parsed and planned anew each time it is asked, since its parameters
+/// are cleared in between, which costs more than the look itself.
+fn plan_once(connection: &Connection) -> rusqlite::Result<()> {
+    connection
+        .set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)
+        .map(drop)
 }
 
 /// Whether this is a database that we wrote and whose pages hang together.

@@ -527,3 +527,21 @@ async fn a_peek_reads_beside_the_writer() {
     assert_eq!(peek.tags().unwrap()[0].digest, digest("n"));
     assert!(peek.flush().await.is_err());
 }
+
+#[test]
+fn a_question_is_planned_once() {
+    let bed = Bed::new();
+    let catalog = bed.open();
+    let select = "SELECT m.credential FROM sources s JOIN membership m ON m.source = s.id
+        WHERE s.upstream = ?1 AND s.repository = ?2 AND m.digest = ?3";
+    let ask = |db: &rusqlite::Connection| {
+        for n in 0..3 {
+            let digest = digest(&format!("layer {n}"));
+            let mut statement = db.prepare_cached(select)?;
+            assert!(!statement.exists(rusqlite::params!["up", "lib/app", digest.bytes()])?);
+        }
+        let statement = db.prepare_cached(select)?;
+        Ok(statement.get_status(rusqlite::StatementStatus::RePrepare))
+    };
+    assert_eq!(catalog.read(ask).unwrap(), 0);
+}
