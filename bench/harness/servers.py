@@ -12,6 +12,7 @@ import tempfile
 import time
 import urllib.request
 
+from harness.data import MANIFEST_TYPE
 from harness.procs import Process, output_of
 
 OURS = "oci-remote-cache"
@@ -244,7 +245,8 @@ def check(server, blob, path=None):
 
 def sha256_of(url):
     hasher = hashlib.sha256()
-    with urllib.request.urlopen(url, timeout=300) as answer:
+    request = urllib.request.Request(url, headers={"Accept": f"{MANIFEST_TYPE}, */*"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
         while part := answer.read(1 << 20):
             hasher.update(part)
     return hasher.hexdigest()

@@ -2,7 +2,7 @@
 
 import re
 
-from harness.data import MANIFEST_TYPE, Shelf
+from harness.data import MANIFEST_TYPE, REPO, Shelf
 from harness.figures import GB, MIB, column, mib, middle, paired, table
 from harness.procs import Meter, output_of
 from harness.servers import NGINX_LOGGING, NGINX_STATIC, OURS, REGISTRY_PROXY, check
@@ -15,7 +15,8 @@ def run(bench):
     shelf = Shelf(bench.dir("shelf"))
     large, small = shelf.add(size=(8 if bench.quick else 100) * MIB), shelf.add(size=4096)
     manifest, manifest_path = shelf.add_manifest([small] + [shelf.add(size=100) for _ in range(15)], "v1")
-    paths = {large.path: large, small.path: small, manifest_path: manifest}
+    tag_path = f"/v2/{REPO}/manifests/v1"
+    paths = {large.path: large, small.path: small, manifest_path: manifest, tag_path: manifest}
     for path, blob in paths.items():
         shelf.publish(blob, path)
     upstream = bench.registry(shelf.storage)
@@ -39,6 +40,8 @@ def run(bench):
         "4 KiB blob, 64 connections": rounds_of(bench, contenders, lambda server: little(bench, server, small.path)),
         f"manifest of {manifest.size} bytes by digest, 64 connections":
             rounds_of(bench, contenders, lambda server: little(bench, server, manifest_path)),
+        f"manifest of {manifest.size} bytes by a fresh tag, 64 connections":
+            rounds_of(bench, contenders, lambda server: little(bench, server, tag_path)),
     }
     return [table_of(title, seen) for title, seen in found.items()], found
 

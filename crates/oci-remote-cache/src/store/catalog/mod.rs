@@ -8,18 +8,17 @@
 
 mod read;
 mod record;
+mod remembered;
 mod schema;
 mod writer;
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError};
 
-use quick_cache::sync::Cache;
 use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot};
 
@@ -30,6 +29,7 @@ pub use self::record::{
     BlobRecord, Change, Holding, Kind, ManifestRecord, Membership, PendingRecord, Proof, TagEra,
     TagRecord,
 };
+use self::remembered::Remembered;
 use self::schema::Place;
 use self::writer::{Job, Writer};
 use super::error::{Cause, StoreError};
@@ -41,9 +41,6 @@ use crate::names::{CredentialId, Source};
 
 /// Jobs that may wait for the writer before those who write must wait too.
 const QUEUE: usize = 1024;
-
-/// Memberships kept in memory in front of the database.
-const RIGHTS_IN_MEMORY: usize = 16_384;
 
 /// The catalog. Clones share it.
 #[derive(Clone)]
@@ -66,17 +63,6 @@ struct Inner {
     readers: Readers,
     remembered: Arc<Remembered>,
     metrics: Metrics,
-}
-
-/// What is answered from memory, kept coherent with the database by the writer.
-#[derive(Debug)]
-struct Remembered {
-    /// Memberships that were read or written. Whoever reads the database to add one holds `filling` for reading meanwhile, and the
-    /// writer takes it for writing to put new values in: so no old value is put in over a new one.
-    rights: Cache<(Source, Digest, Kind), CredentialId>,
-    filling: RwLock<()>,
-    suspended: Mutex<HashSet<(Source, CredentialId)>>,
-    public: Mutex<HashMap<Source, Timestamp>>,
 }
 
 impl Catalog {
@@ -122,17 +108,11 @@ impl Catalog {
         let failed = |error| StoreError::new("read the catalog", path, error);
         let suspended = readers.with(read::suspended).map_err(failed)?;
         let public = readers.with(read::public).map_err(failed)?;
-        let remembered = Remembered {
-            rights: Cache::new(RIGHTS_IN_MEMORY),
-            filling: RwLock::default(),
-            suspended: Mutex::new(suspended),
-            public: Mutex::new(public),
-        };
         let inner = Inner {
             path: path.to_owned(),
             queue,
             readers,
-            remembered: Arc::new(remembered),
+            remembered: Arc::new(Remembered::new(suspended, public)),
             metrics: metrics.clone(),
         };
         Ok(Self {
@@ -296,19 +276,10 @@ impl Catalog {
         digest: &Digest,
         kind: Kind,
     ) -> Result<Option<CredentialId>, StoreError> {
-        let remembered = &self.inner.remembered;
         let key = (source.clone(), *digest, kind);
-        if let Some(credential) = remembered.rights.get(&key) {
-            return Ok(Some(credential));
-        }
-        let filling = remembered.filling.read();
-        let filling = filling.unwrap_or_else(PoisonError::into_inner);
-        let found = self.read(|db| read::membership(db, source, digest, kind))?;
-        if let Some(credential) = &found {
-            remembered.rights.insert(key, credential.clone());
-        }
-        drop(filling);
-        Ok(found)
+        self.inner.remembered.right(key, |(source, digest, kind)| {
+            self.read(|db| read::membership(db, source, digest, *kind))
+        })
     }
 
     /// Reads, counting a failure as a fault of the store.
@@ -325,56 +296,6 @@ impl Catalog {
     fn closed(&self) -> StoreError {
         self.inner.metrics.store_faults.inc();
         StoreError::new("write to the catalog", &self.inner.path, Cause::Closed)
-    }
-}
-
-impl Remembered {
-    /// Takes over what a commit changed.
-    fn apply(&self, rights: Vec<((Source, Digest, Kind), Option<CredentialId>)>) {
-        if rights.is_empty() {
-            return;
-        }
-        let filling = self.filling.write().unwrap_or_else(PoisonError::into_inner);
-        for (key, credential) in rights {
-            match credential {
-                Some(credential) => self.rights.insert(key, credential),
-                None => drop(self.rights.remove(&key)),
-            }
-        }
-        drop(filling);
-    }
-
-    /// Takes over who may read a repository now.
-    fn apply_access(&self, change: &Change) {
-        let mut suspended = self
-            .suspended
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let mut public = self.public.lock().unwrap_or_else(PoisonError::into_inner);
-        match change {
-            Change::Public(source, at) => {
-                public.insert(source.clone(), *at);
-            }
-            Change::NotPublic(source) => {
-                public.remove(source);
-            }
-            Change::Suspend(source, credential, _) => {
-                suspended.insert((source.clone(), credential.clone()));
-            }
-            Change::Lift(source, credential) => {
-                suspended.remove(&(source.clone(), credential.clone()));
-            }
-            Change::Blob(_)
-            | Change::Pending(_)
-            | Change::Abandon(_)
-            | Change::Forget(_)
-            | Change::Used(..)
-            | Change::Membership(_)
-            | Change::Manifest(..)
-            | Change::Tag(_)
-            | Change::Untag(..)
-            | Change::Revoke(..) => {}
-        }
     }
 }
 

@@ -127,17 +127,20 @@ impl Catalog {
 
     /// What a tag means.
     pub fn tag(&self, source: &Source, tag: &Tag) -> Result<Option<TagRecord>, StoreError> {
-        let select = format!(
-            "SELECT {TAG_COLUMNS} WHERE s.upstream = ?1 AND s.repository = ?2 AND t.tag = ?3"
-        );
-        let values = [
-            source.upstream.as_str(),
-            source.repository.as_str(),
-            tag.as_str(),
-        ];
-        self.read(|db| {
-            let mut statement = db.prepare_cached(&select)?;
-            statement.query_row(values, tag_of).optional()
+        let key = (source.clone(), tag.clone());
+        self.inner.remembered.tag(key, |(source, tag)| {
+            let select = format!(
+                "SELECT {TAG_COLUMNS} WHERE s.upstream = ?1 AND s.repository = ?2 AND t.tag = ?3"
+            );
+            let values = [
+                source.upstream.as_str(),
+                source.repository.as_str(),
+                tag.as_str(),
+            ];
+            self.read(|db| {
+                let mut statement = db.prepare_cached(&select)?;
+                statement.query_row(values, tag_of).optional()
+            })
         })
     }
 

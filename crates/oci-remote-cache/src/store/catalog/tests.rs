@@ -1,5 +1,6 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use oci::Algorithm;
 use tempfile::TempDir;
@@ -534,7 +535,7 @@ fn a_question_is_planned_once() {
     let catalog = bed.open();
     let select = "SELECT m.credential FROM sources s JOIN membership m ON m.source = s.id
         WHERE s.upstream = ?1 AND s.repository = ?2 AND m.digest = ?3";
-    let ask = |db: &rusqlite::Connection| {
+    let ask = |db: &Connection| {
         for n in 0..3 {
             let digest = digest(&format!("layer {n}"));
             let mut statement = db.prepare_cached(select)?;
@@ -544,4 +545,37 @@ fn a_question_is_planned_once() {
         Ok(statement.get_status(rusqlite::StatementStatus::RePrepare))
     };
     assert_eq!(catalog.read(ask).unwrap(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tag_is_read_as_it_was_written_last() {
+    let bed = Bed::new();
+    let catalog = bed.open();
+    let first = tag(digest("manifest"), 0);
+    let (source, name) = (first.source.clone(), first.tag.clone());
+    let over = Arc::new(AtomicBool::new(false));
+    let (reads, until) = (catalog.clone(), Arc::clone(&over));
+    let key = (source.clone(), name.clone());
+    let reader = std::thread::spawn(move || {
+        while !until.load(Ordering::Relaxed) {
+            reads.tag(&key.0, &key.1).unwrap();
+        }
+    });
+    for checked in 0..500 {
+        let written = tag(digest("manifest"), checked);
+        catalog.record_tag(written).await.unwrap();
+        let read = catalog.tag(&source, &name).unwrap().unwrap();
+        assert_eq!(read.checked, Timestamp(checked));
+    }
+    for ending in [
+        Change::Untag(source.clone(), name.clone()),
+        Change::Revoke(source.clone(), first.digest, Kind::Manifest),
+    ] {
+        catalog.record_tag(first.clone()).await.unwrap();
+        assert!(catalog.tag(&source, &name).unwrap().is_some());
+        catalog.record(vec![ending]).await.unwrap();
+        assert_eq!(catalog.tag(&source, &name).unwrap(), None);
+    }
+    over.store(true, Ordering::Relaxed);
+    reader.join().unwrap();
 }

@@ -12,9 +12,9 @@ use tracing::warn;
 use oci::Digest;
 
 use super::super::error::StoreError;
+use super::remembered::{Changed, Remembered, Rights, Tags};
 use super::{
-    BlobRecord, Change, Kind, ManifestRecord, Membership, PendingRecord, Proof, Remembered,
-    TagRecord,
+    BlobRecord, Change, Kind, ManifestRecord, Membership, PendingRecord, Proof, TagRecord,
 };
 use crate::metrics::Metrics;
 use crate::names::{CredentialId, Source};
@@ -33,9 +33,6 @@ pub(super) struct Job {
     pub(super) changes: Vec<Change>,
     pub(super) done: oneshot::Sender<Result<(), StoreError>>,
 }
-
-/// The memberships that a commit set or took back, as they are now.
-type Rights = Vec<((Source, Digest, Kind), Option<CredentialId>)>;
 
 /// What the thread works with.
 pub(super) struct Writer {
@@ -102,9 +99,9 @@ impl Writer {
     }
 
     fn commit(&mut self, changes: &[&Change]) -> Result<(), StoreError> {
-        let rights = transact(&mut self.connection, changes)
+        let outcome = transact(&mut self.connection, changes)
             .map_err(|error| StoreError::new("write to the catalog", &self.path, error))?;
-        self.remembered.apply(rights);
+        self.remembered.apply(outcome);
         self.since_checkpoint += changes.len();
         Ok(())
     }
@@ -120,14 +117,15 @@ impl Writer {
     }
 }
 
-fn transact(connection: &mut Connection, changes: &[&Change]) -> rusqlite::Result<Rights> {
+fn transact(connection: &mut Connection, changes: &[&Change]) -> rusqlite::Result<Changed> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let mut rights = Rights::new();
+    let mut outcome = Changed::default();
     for change in changes {
-        apply(&transaction, change, &mut rights)?;
+        apply(&transaction, change, &mut outcome.rights)?;
+        outcome.tags.extend(Tags::changed_by(change));
     }
     transaction.commit()?;
-    Ok(rights)
+    Ok(outcome)
 }
 
 fn apply(db: &Transaction<'_>, change: &Change, rights: &mut Rights) -> rusqlite::Result<()> {
