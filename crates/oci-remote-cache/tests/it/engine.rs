@@ -626,6 +626,41 @@ async fn kept_pieces_ask_for_no_more_than_the_upstream_knows() {
     }
 }
 
+/// An upstream that is away for a while, so long that it is left alone, costs no pieces: it is asked for the rest once it is back.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_costs_no_kept_pieces() {
+    let (registry, cache, blob, client) = two_thirds_in().await;
+    cache.kill9().await;
+    client.abort();
+    cache.restart().await;
+    registry.server().stop().await;
+    for _ in 0..4 {
+        let refused = whole(&blob).send(cache.port()).await;
+        assert_eq!(refused.status, 503, "{refused}");
+        sleep(AFTER_A_FAILURE).await;
+    }
+    registry.clear_scripts();
+    registry.clear_log();
+    registry.server().resume().await;
+    // It is left alone for a second, and who asks too early hears so.
+    let mut answer = whole(&blob).send(cache.port()).await;
+    for _ in 0..40 {
+        if answer.status == 200 {
+            break;
+        }
+        sleep(Duration::from_millis(100)).await;
+        answer = whole(&blob).send(cache.port()).await;
+    }
+    assert_right(&answer);
+    let fetched = registry.sent((Kind::Blob, "GET"));
+    assert!(
+        fetched <= 16 * MIB + 4 * MIB,
+        "{fetched} bytes: {:?}",
+        ranges(&registry)
+    );
+    cache.check_invariants().await;
+}
+
 /// F25: pieces survive a kill, and a second one; only those whose bytes are right are used.
 #[tokio::test(flavor = "multi_thread")]
 async fn pieces_that_rotted_are_fetched_again() {

@@ -79,7 +79,7 @@ async fn ask(
     deadline: Deadline,
 ) -> Result<BlobStream, UpstreamError> {
     match fill.ask.clone().open(range, deadline).await {
-        Err(error) if range.is_some() && error.may_be_of_a_range() => {
+        Err(error) if range.is_some() && was_asked(&error) && error.may_be_of_a_range() => {
             everything(fill, deadline).await
         }
         Ok(stream) if range.is_some() && stream.total().is_none() => {
@@ -88,6 +88,11 @@ async fn ask(
         }
         answered => answered,
     }
+}
+
+/// Whether the upstream has heard the question at all.
+fn was_asked(error: &UpstreamError) -> bool {
+    !matches!(error.fault(), Fault::BreakerOpen { .. })
 }
 
 /// The answer to a plain GET. That ranges failed may have opened the breaker, which says nothing of this.
