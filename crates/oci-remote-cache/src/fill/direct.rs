@@ -14,7 +14,7 @@ use super::tail::{HELD, Release};
 use super::{Fill, FillError, Fills};
 use crate::deadline::Deadline;
 use crate::store::spool::{Checkpoint, Mismatch, PrefixHash, Spool, hash_file};
-use crate::upstream::resume::{BlobStream, Opening};
+use crate::upstream::resume::BlobStream;
 use crate::verdict::Why;
 
 /// What a fill that stopped keeping its blob leaves to its readers.
@@ -22,7 +22,7 @@ use crate::verdict::Why;
 pub struct Alone {
     why: Why,
     size: Option<u64>,
-    opening: Opening,
+    validator: Option<String>,
     spool: Option<Arc<Spool>>,
     hash: Option<PrefixHash>,
     /// The upstream's answer, still unread: the first reader who can use it does.
@@ -56,7 +56,7 @@ impl Alone {
         Self {
             why,
             size: stream.total(),
-            opening: stream.opening().clone(),
+            validator: stream.validator().map(str::to_owned),
             spool: None,
             hash: None,
             opened: Mutex::new(Some((stream, place))),
@@ -66,14 +66,14 @@ impl Alone {
     /// The fill broke at some point; what is in the spool can still be read.
     pub(super) fn midway(
         why: Why,
-        (size, opening): (Option<u64>, Opening),
+        (size, validator): (Option<u64>, Option<String>),
         spool: Arc<Spool>,
         hash: PrefixHash,
     ) -> Self {
         Self {
             why,
             size,
-            opening,
+            validator,
             spool: Some(spool),
             hash: Some(hash),
             opened: Mutex::default(),
@@ -150,7 +150,7 @@ impl Alone {
         let stream = match (self.size, end) {
             (Some(size), Some(end)) if start > 0 || end < size => {
                 let rest = Slice { start, end };
-                fill.ask_again().later(rest, size, self.opening.clone())
+                fill.ask_again().later(rest, size, self.validator.clone())
             }
             _ => fill.ask.clone().open(None, Deadline::for_answer()).await?,
         };

@@ -26,14 +26,6 @@ const SLIGHT_TRIES: u32 = 8;
 /// No longer than this many tries' pause lies between such answers.
 const SLIGHT_PAUSE: u32 = 5;
 
-/// An upstream that answered once may take this many times as long the next time, and so may one that is only asked to save time.
-const SLOWER: u32 = 8;
-const SLOWER_IN_HASTE: u32 = 4;
-
-/// What takes no longer than this is not slow.
-const PROMPT: Duration = Duration::from_secs(5);
-const PROMPT_IN_HASTE: Duration = Duration::from_secs(2);
-
 /// Longest wait between two tries.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -146,13 +138,6 @@ impl Patience {
         self.tries = LAST_TRIES.max(u32::try_from(places).unwrap_or(u32::MAX));
     }
 
-    /// How long an answer to the next try is waited for, where the first one of all took so long. A question that hangs is asked again on
-    /// another connection, and then given twice the time.
-    pub(super) fn wait(&self, first: Duration) -> Duration {
-        let doublings = 1 << self.failures.saturating_sub(1).min(8);
-        (first * SLOWER).max(PROMPT) * doublings
-    }
-
     /// How long to wait before the next try.
     pub(super) fn pause(&self, retry_after: Option<Duration>) -> Duration {
         pause(
@@ -160,11 +145,6 @@ impl Patience {
             retry_after,
         )
     }
-}
-
-/// How long an extra connection may take to be answered, since what it is to bring waits for it.
-pub(super) fn haste(first: Duration) -> Duration {
-    (first * SLOWER_IN_HASTE).clamp(PROMPT_IN_HASTE, PROMPT)
 }
 
 /// How long to wait before try number `failures` without progress: none before the first, then doubling from 100 ms.
@@ -193,21 +173,6 @@ mod tests {
             Duration::from_secs(2)
         );
         assert_eq!(pause(5, Some(Duration::from_mins(15))), LONGEST_PAUSE);
-    }
-
-    #[test]
-    fn who_answers_slowly_is_given_time() {
-        let mut patience = Patience::new();
-        assert_eq!(patience.wait(Duration::from_millis(30)), PROMPT);
-        assert_eq!(patience.wait(PROMPT), PROMPT * SLOWER);
-        for doubled in [1, 2, 4] {
-            patience.fail(Failed::Unanswered);
-            assert_eq!(patience.wait(Duration::ZERO), PROMPT * doubled);
-        }
-        assert_eq!(haste(Duration::from_millis(30)), PROMPT_IN_HASTE);
-        let slow = Duration::from_millis(800);
-        assert_eq!(haste(slow), slow * SLOWER_IN_HASTE);
-        assert_eq!(haste(PROMPT), PROMPT);
     }
 
     #[test]

@@ -13,12 +13,18 @@ use futures_util::FutureExt as _;
 use oci::{AnyDigest, RepositoryName, Slice};
 use tokio::time::{Instant, sleep_until};
 
-use super::patience::{Failed, Patience, Whom, haste, pause};
+use super::patience::{Failed, Patience, Whom, pause};
 use super::{
     Answer, Ask, Body, Fault, Identity, Method, Mirrors, Resource, Stakes, Upstream, UpstreamError,
 };
 use crate::deadline::Deadline;
 use crate::names::CredentialId;
+
+/// How long an extra connection may take to be answered: what it is to bring waits for it.
+const HASTE: Duration = Duration::from_secs(5);
+
+/// How long a question may take that hurries, the first time: less than what counts as the registry's silence.
+const HURRY: Duration = Duration::from_secs(4);
 
 /// The end of a range that goes on to the end of a blob of unknown size: a server takes an end that is beyond the blob's for that
 /// (RFC 9110 section 14.1.2), and it fits the signed 64 bits that some of them count with.
@@ -58,7 +64,7 @@ pub struct BlobStream {
     position: u64,
     end: Option<u64>,
     total: Option<u64>,
-    opening: Opening,
+    validator: Option<String>,
     validators: Validators,
     ranges: Ranges,
     role: Role,
@@ -68,15 +74,10 @@ pub struct BlobStream {
     patience: Patience,
     trouble: Option<UpstreamError>,
     not_before: Option<Instant>,
-}
-
-/// What a blob's first answer told of those that follow.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Opening {
-    /// Its strong validator: what comes later must have the same.
-    pub validator: Option<String>,
-    /// How long it took from the question to the headers.
-    pub took: Duration,
+    /// The first answer did not tell the size.
+    untold: bool,
+    /// The next question is given little time.
+    hurries: bool,
 }
 
 /// What depends on a stream.
@@ -134,11 +135,9 @@ impl BlobAsk {
         range: Option<Slice>,
         deadline: Deadline,
     ) -> Result<BlobStream, UpstreamError> {
-        let asked = Instant::now();
         let (answer, place) = self.first_answer(range, deadline).await?;
         self.place = place;
         let mut stream = self.stream(range.map_or(0, |range| range.start));
-        stream.opening.took = asked.elapsed();
         if let Err(error) = stream.accept(answer, range) {
             if range.is_none() {
                 return Err(error);
@@ -154,6 +153,7 @@ impl BlobAsk {
             (Some(end), Some(total)) => Some(end.min(total)),
             (end, total) => end.or(total),
         };
+        stream.untold = stream.total.is_none();
         Ok(stream)
     }
 
@@ -179,12 +179,12 @@ impl BlobAsk {
         self.upstream.broken(&self.ask(None, self.place), what)
     }
 
-    /// A stream of `slice` of a blob of `total` bytes that is opened when its first byte is wanted, after another one's `opening`.
-    pub fn later(self, slice: Slice, total: u64, opening: Opening) -> BlobStream {
+    /// A stream of `slice` of a blob of `total` bytes that is opened when its first byte is wanted. What comes must have `validator`.
+    pub fn later(self, slice: Slice, total: u64, validator: Option<String>) -> BlobStream {
         BlobStream {
             end: Some(slice.end),
             total: Some(total),
-            opening,
+            validator,
             ..self.stream(slice.start)
         }
     }
@@ -194,7 +194,7 @@ impl BlobAsk {
             position,
             end: None,
             total: None,
-            opening: Opening::default(),
+            validator: None,
             validators: Validators::Count,
             ranges: Ranges::Asked,
             role: Role::Sole,
@@ -204,6 +204,8 @@ impl BlobAsk {
             patience: Patience::new(),
             trouble: None,
             not_before: None,
+            untold: false,
+            hurries: false,
             ask: self,
         }
     }
@@ -245,6 +247,14 @@ impl BlobStream {
         Self { role, ..self }
     }
 
+    /// The same where other questions of this transfer were left hanging, and may still take the places: its first question hurries, and is
+    /// asked again on another connection when it hangs, too.
+    #[must_use]
+    pub fn hurried(self) -> Self {
+        let hurries = true;
+        Self { hurries, ..self }
+    }
+
     /// The same where the upstream gives no ranges: all is asked for, and what comes before is skipped. Whether it is the same blob its
     /// digest tells, not a validator.
     #[must_use]
@@ -278,9 +288,9 @@ impl BlobStream {
         self.ask.place
     }
 
-    /// What the first answer told.
-    pub fn opening(&self) -> &Opening {
-        &self.opening
+    /// The strong validator of the first answer.
+    pub fn validator(&self) -> Option<&str> {
+        self.validator.as_deref()
     }
 
     /// Ends the stream before `end`, if it would have gone further.
@@ -362,12 +372,17 @@ impl BlobStream {
             self.not_before = None;
         }
         let range = self.rest().filter(|_| self.ranges != Ranges::LeftOut);
-        let (stakes, limit) = match self.role {
-            Role::OnTrial => (Stakes::Haste, haste(self.opening.took)),
-            Role::Sole | Role::Part => (Stakes::Needed, self.patience.wait(self.opening.took)),
+        let stakes = match self.role {
+            Role::OnTrial => Stakes::Haste,
+            Role::Sole | Role::Part => Stakes::Needed,
         };
         let ask = self.ask.ask_for(range, self.ask.place, stakes);
-        let deadline = Deadline::for_answer().at_most(limit);
+        let hurries = std::mem::take(&mut self.hurries);
+        let deadline = match stakes {
+            Stakes::Haste => Deadline::for_answer().at_most(HASTE),
+            Stakes::Needed if hurries => Deadline::for_answer().at_most(HURRY),
+            Stakes::Needed => Deadline::for_answer(),
+        };
         match self.ask.upstream.send(&ask, deadline).await {
             Ok(answer) => {
                 let accepted = self.accept(answer, range);
@@ -409,13 +424,22 @@ impl BlobStream {
         if start > self.position || (answer.status() == 206 && start != self.position) {
             return Err(self.broken("another range than the one asked for"));
         }
+        if self.untold && answer.status() != 206 {
+            // Only a range has told a size, in answer to an end that was made up.
+            (self.total, self.end) = (None, None);
+        }
+        let made_up = asked.is_some_and(|asked| asked.end == BEYOND);
+        if made_up && answer.status() == 206 && total.is_none() {
+            // Where it stops says nothing of where the blob does.
+            return Err(self.broken("a range of a blob of unknown size"));
+        }
         if let (Some(known), Some(told)) = (self.total, total)
             && known != told
         {
             return Err(self.broken("another total length than before"));
         }
         if self.validators == Validators::Count
-            && let (Some(known), Some(told)) = (self.opening.validator.as_deref(), answer.etag())
+            && let (Some(known), Some(told)) = (self.validator.as_deref(), answer.etag())
             && known != told
             && is_strong(known)
             && is_strong(told)
@@ -424,8 +448,7 @@ impl BlobStream {
         }
         self.total = self.total.or(total);
         self.end = self.end.or(self.total);
-        let opening = &mut self.opening;
-        opening.validator = opening
+        self.validator = self
             .validator
             .take()
             .or_else(|| answer.etag().map(str::to_owned));
@@ -487,8 +510,11 @@ impl BlobStream {
     fn choose_question(&mut self, failed: Failed, error: &UpstreamError) {
         let refused = failed == Failed::Refused && self.are_all_asked();
         let sole = self.role == Role::Sole;
+        // Where the size is not known the end of the range was made up, which may be what was disliked.
+        let made_up = self.end.is_none() && failed != Failed::BrokeOff;
+        let vain = refused || made_up || self.is_unfit_everywhere();
         match self.ranges {
-            Ranges::Asked | Ranges::Unfit if sole && (refused || self.is_unfit_everywhere()) => {
+            Ranges::Asked | Ranges::Unfit if sole && vain => {
                 self.leave_ranges_out();
             }
             Ranges::Asked | Ranges::Unfit
@@ -530,7 +556,7 @@ impl BlobStream {
         if places > 1 {
             // Another place has another validator; the total and, in the end, the digest still decide.
             self.ask.place = (self.ask.place + 1) % places;
-            self.opening.validator = None;
+            self.validator = None;
         }
     }
 

@@ -208,20 +208,6 @@ async fn a_line_that_breaks_again_and_again_still_brings_the_blob() {
     cache.check_invariants().await;
 }
 
-/// Who answered at once before is not waited for as long as a first answer may take: the question is asked again, on another connection.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_question_that_hangs_is_asked_again() {
-    let (registry, cache, blob) = up_with_blob(SIZE).await;
-    let first = faults::serve(&blob, ServeOptions::new().reset_at(HALF));
-    blob_gets(&registry, vec![first, faults::silent(), faults::usual()]);
-    let request = Request::get(&blob_path("up", REPO, blob.digest)).compare(&blob.data);
-    let request = request.timeout(Duration::from_secs(15));
-    let response = request.send(cache.port()).await;
-    assert!(response.is_right(), "{response}");
-    assert_eq!(registry.count(Kind::Blob), 3);
-    cache.check_invariants().await;
-}
-
 /// F10
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "waits out the stall limit of half a minute"]

@@ -60,10 +60,10 @@ pub(super) async fn open(
         progress.spool = Some(Arc::clone(&spool));
         progress.phase = Phase::Filling;
     });
-    let opening = stream.opening().clone();
+    let validator = stream.validator().map(str::to_owned);
     let known = Known {
         size,
-        opening,
+        validator,
         resumed,
     };
     let mut transfer = Transfer::new(fill, fills, (spool, reservation), known);
@@ -78,32 +78,35 @@ async fn ask(
     range: Option<Slice>,
     deadline: Deadline,
 ) -> Result<BlobStream, UpstreamError> {
-    match fill.ask.clone().open(range, deadline).await {
-        Err(error) if range.is_some() && was_asked(&error) && error.may_be_of_a_range() => {
-            everything(fill, deadline).await
-        }
-        Ok(stream) if range.is_some() && stream.total().is_none() => {
+    if range.is_none() {
+        return fill.ask.clone().open(None, deadline).await;
+    }
+    match once_it_may_be_asked(fill, range, deadline).await {
+        // It was left alone, and heard no question.
+        Err(error) if matches!(error.fault(), Fault::BreakerOpen { .. }) => Err(error),
+        Err(error) if error.may_be_of_a_range() => once_it_may_be_asked(fill, None, deadline).await,
+        Ok(stream) if stream.total().is_none() => {
             drop(stream);
-            everything(fill, deadline).await
+            once_it_may_be_asked(fill, None, deadline).await
         }
         answered => answered,
     }
 }
 
-/// Whether the upstream has heard the question at all.
-fn was_asked(error: &UpstreamError) -> bool {
-    !matches!(error.fault(), Fault::BreakerOpen { .. })
-}
-
-/// The answer to a plain GET. That ranges failed may have opened the breaker, which says nothing of this.
-async fn everything(fill: &Fill, deadline: Deadline) -> Result<BlobStream, UpstreamError> {
-    let answered = fill.ask.clone().open(None, deadline).await;
+/// The answer, after a wait for the breaker if need be: ranges that failed may have opened it, which says nothing of a plain GET, and
+/// pieces that were kept are worth a second.
+async fn once_it_may_be_asked(
+    fill: &Fill,
+    range: Option<Slice>,
+    deadline: Deadline,
+) -> Result<BlobStream, UpstreamError> {
+    let answered = fill.ask.clone().open(range, deadline).await;
     if let Err(error) = &answered
         && let Fault::BreakerOpen { retry_after } = *error.fault()
         && retry_after < deadline.remaining()
     {
         sleep(retry_after).await;
-        return fill.ask.clone().open(None, deadline).await;
+        return fill.ask.clone().open(range, deadline).await;
     }
     answered
 }

@@ -20,7 +20,7 @@ use crate::fill::{Alone, Fill, FillError, Fills};
 use crate::store::spool::{PrefixHash, Spool};
 use crate::store::usage::Reservation;
 use crate::upstream::UpstreamError;
-use crate::upstream::resume::{BlobStream, Mixing, Opening};
+use crate::upstream::resume::{BlobStream, Mixing};
 use crate::verdict::Why;
 
 /// How long a fill that nobody reads goes on when it is neither small nor half in.
@@ -34,7 +34,7 @@ pub(super) struct Transfer {
     spool: Arc<Spool>,
     reservation: Option<Reservation>,
     size: Option<u64>,
-    opening: Opening,
+    validator: Option<String>,
     /// Pieces of an earlier transfer are among the bytes.
     resumed: bool,
     fetches: FuturesUnordered<Fetch>,
@@ -49,7 +49,7 @@ pub(super) struct Transfer {
 /// What is known of the blob when its transfer begins.
 pub(super) struct Known {
     pub(super) size: Option<u64>,
-    pub(super) opening: Opening,
+    pub(super) validator: Option<String>,
     /// Pieces of an earlier transfer are among the bytes.
     pub(super) resumed: bool,
 }
@@ -106,7 +106,7 @@ impl Transfer {
             spool,
             reservation: Some(reservation),
             size: known.size,
-            opening: known.opening,
+            validator: known.validator,
             resumed: known.resumed,
             fetches: FuturesUnordered::new(),
             turn: Turn::NotWanted,
@@ -256,10 +256,11 @@ impl Transfer {
                 return;
             };
             let ask = self.fill.ask_again();
-            let stream = ask.later(slice, size, self.opening.clone());
+            let stream = ask.later(slice, size, self.validator.clone());
             let stream = match self.ranges {
                 Ranges::Given if beside => stream.on_trial(),
-                Ranges::Given => self.as_one_of_many(stream),
+                Ranges::Given if self.extras == Extras::Welcome => self.as_one_of_many(stream),
+                Ranges::Given => self.as_one_of_many(stream).hurried(),
                 Ranges::NotGiven => stream.from_the_beginning(),
             };
             let slower = match step {
@@ -467,7 +468,7 @@ impl Transfer {
         on_disk(&self.fills, move || discarded.discard()).await;
         Flow::End(Outcome::Alone(Box::new(Alone::midway(
             why,
-            (self.size, self.opening.clone()),
+            (self.size, self.validator.clone()),
             spool,
             *hash,
         ))))
