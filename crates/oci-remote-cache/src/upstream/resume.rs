@@ -425,8 +425,9 @@ impl BlobStream {
             return Err(self.broken("another range than the one asked for"));
         }
         if self.untold && answer.status() != 206 {
-            // Only a range has told a size, in answer to an end that was made up.
-            (self.total, self.end) = (None, None);
+            // Only a range has told a size, in answer to an end that was made up. Where a reader stops is another matter.
+            let stop = self.end.filter(|_| self.end != self.total);
+            (self.total, self.end) = (None, stop);
         }
         let made_up = asked.is_some_and(|asked| asked.end == BEYOND);
         if made_up && answer.status() == 206 && total.is_none() {

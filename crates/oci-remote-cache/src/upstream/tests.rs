@@ -814,3 +814,29 @@ async fn not_found_keeps_the_code() {
     };
     assert_eq!(missing, expected);
 }
+
+/// A question that hurries and hangs is asked again long before an answer's time is up.
+#[tokio::test]
+async fn a_question_that_hurries_is_asked_again() {
+    let bench = Bench::new().await;
+    let layer = bench.image.layer().clone();
+    let script = faults::sequence(vec![faults::silent(), faults::usual()]);
+    bench
+        .registry
+        .script(Matcher::blobs().of(layer.digest), script);
+    let blob = super::resume::BlobAsk {
+        upstream: bench.upstream(),
+        repository: REPO.parse().unwrap(),
+        digest: layer.digest.to_string().parse().unwrap(),
+        place: 0,
+        mixing: super::resume::Mixing::Allowed,
+        identity: Identity::Configured,
+    };
+    let whole = oci::Slice {
+        start: 0,
+        end: layer.size(),
+    };
+    let mut stream = blob.later(whole, layer.size(), None).hurried();
+    let first = tokio::time::timeout(Duration::from_secs(10), stream.next()).await;
+    assert!(first.unwrap().unwrap().is_some());
+}

@@ -70,6 +70,11 @@ impl Extras {
         }
     }
 
+    /// Whether the upstream had no time for the last one that was tried.
+    pub(super) fn rest(self) -> bool {
+        matches!(self, Self::Resting { .. })
+    }
+
     /// After one was turned away. Who has no time now may have some later, at longer and longer intervals; so may who has given ranges
     /// before, whatever it says now.
     pub(super) fn after(self, turned: TurnedAway, record: Record, now: Instant) -> Self {

@@ -259,8 +259,8 @@ impl Transfer {
             let stream = ask.later(slice, size, self.validator.clone());
             let stream = match self.ranges {
                 Ranges::Given if beside => stream.on_trial(),
-                Ranges::Given if self.extras == Extras::Welcome => self.as_one_of_many(stream),
-                Ranges::Given => self.as_one_of_many(stream).hurried(),
+                Ranges::Given if self.extras.rest() => self.as_one_of_many(stream).hurried(),
+                Ranges::Given => self.as_one_of_many(stream),
                 Ranges::NotGiven => stream.from_the_beginning(),
             };
             let slower = match step {
